@@ -1,0 +1,233 @@
+"""ppo.py as a program: it learns, repeats itself, refuses what cannot work, leaves no debris."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import ppo
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def few_held_out_prompts(monkeypatch, tmp_path):
+    """Evaluate on 10 prompts, in an empty folder."""
+    train, held_out = ppo.make_prompts()
+    monkeypatch.setattr(ppo, "make_prompts", lambda: (train, held_out[:10]))
+    monkeypatch.chdir(tmp_path)
+
+
+def run(**flags):
+    """Train for two rollouts of 64 unless told otherwise; the result without the time taken."""
+    defaults = {"batch_size": 64, "total_episodes": 128, "sft_steps": 20, "tensorboard": False}
+    result = ppo.main(ppo.Args(**(defaults | flags)))
+    return {name: value for name, value in result.items() if name != "seconds"}
+
+
+@pytest.fixture(scope="module")
+def default_result():
+    """Computed once: what run() returns with no flags."""
+    train, held_out = ppo.make_prompts()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "make_prompts", lambda: (train, held_out[:10]))
+        return run()
+
+
+def test_success_rises_from_the_warm_start():
+    result = ppo.main(ppo.Args(total_episodes=12_800, tensorboard=False))
+    assert 0.4 < result["success_before"] < 0.8
+    assert result["success"] > result["success_before"] + 0.15
+    assert 0.4 < result["optimality"] <= 1
+    assert result["objective"] == pytest.approx(result["score"] - 0.05 * result["kl"])
+
+
+def test_same_seed_same_result_other_seed_another(default_result):
+    assert run() == default_result
+    assert run(seed=2) != default_result
+
+
+CHOICES = [
+    {"reward": "sharp"},
+    {"reward": "distance"},
+    {"reward": "process"},
+    {"missing_eos_penalty": 1.0, "sft_steps": 0},
+    {"update_epochs": 1},
+    {"num_minibatches": 1},
+    {"gamma": 0.9},
+    {"gae_lambda": 0.5},
+    {"clip_coef": 0.01},
+    {"dual_clip": 1.0001, "clip_coef": 10.0, "update_epochs": 10},
+    {"normalize_advantages": True},
+    {"advantage_clip": 0.1},
+    {"whiten_rewards": True},
+    {"target_kl": 1e-6},
+    {"ent_coef": 0.1},
+    {"vf_coef": 1.0},
+    {"separate_critic": True},
+    {"kl_in": "loss", "kl_estimator": "k2"},
+    {"kl_in": "loss", "kl_estimator": "k3"},
+    {"kl_target": 0.1, "kl_horizon": 100, "total_episodes": 256},
+    {"kl_coef": 1.0},
+    {"temperature": 0.5},
+    {"max_grad_norm": 0.001},
+    {"learning_rate": 1e-4},
+]
+
+
+@pytest.mark.parametrize("flags", CHOICES, ids=lambda f: " ".join(map(str, f)))
+def test_every_flag_changes_the_outcome(flags, default_result):
+    twin = {k: v for k, v in flags.items() if k in ("sft_steps", "total_episodes", "update_epochs")}
+    if set(flags) - set(twin):  # compare with a run that differs in the flag under test alone
+        rest = {"clip_coef": 10.0} if "dual_clip" in flags else {}
+        base = run(**twin, **rest) if twin or rest else default_result
+    else:
+        base = default_result
+    result = run(**flags)
+    assert all(torch.isfinite(torch.tensor(value)) for value in result.values())
+    assert result["entropy"] != base["entropy"]
+
+
+def test_estimators_in_the_loss_differ():
+    k2, k3 = (run(kl_in="loss", kl_estimator=kind) for kind in ("k2", "k3"))
+    assert k2["entropy"] != k3["entropy"]
+
+
+BAD = {
+    "batch_size": [0, -1, 1000],
+    "total_episodes": [0, 10],
+    "num_minibatches": [0, 7],
+    "update_epochs": [0],
+    "learning_rate": [0.0, -1.0, float("nan"), float("inf")],
+    "max_grad_norm": [0.0],
+    "temperature": [0.0],
+    "kl_coef": [-1.0, float("nan")],
+    "seed": [-1, 2**63],
+    "sft_steps": [-1],
+    "gamma": [2.0, -0.1],
+    "gae_lambda": [1.5],
+    "clip_coef": [0.0],
+    "dual_clip": [1.0],
+    "advantage_clip": [0.0],
+    "target_kl": [0.0],
+    "vf_coef": [-0.1],
+    "ent_coef": [-0.1],
+    "missing_eos_penalty": [-1.0],
+    "kl_target": [0.0],
+    "kl_horizon": [0],
+    "kl_estimator": ["k2", "k3"],
+    "device": ["cuda"],
+    "save_path": [Path("missing/model.pt"), Path(".")],
+}
+
+
+@pytest.mark.parametrize("flag,value", [(f, v) for f, values in BAD.items() for v in values])
+def test_bad_values_end_with_one_line_and_nothing_written(flag, value, capsys, tmp_path):
+    if value == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a cuda device")
+    with pytest.raises(SystemExit) as stop:
+        run(**({"tensorboard": True} | {flag: value}))
+    out, error = capsys.readouterr()
+    assert stop.value.code == 2 and out == ""
+    named = {"batch_size": "total-episodes"}.get(flag) if value == 1000 else flag
+    assert error.count("\n") == 1 and f"--{named.replace('_', '-')}" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "flags,named",
+    [
+        ({"kl_in": "loss"}, "--kl-estimator k1"),
+        ({"kl_target": 0.1, "kl_coef": 0.0}, "--kl-target 0.1"),
+    ],
+)
+def test_values_that_do_not_go_together(flags, named, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(**flags)
+    assert stop.value.code == 2 and named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--reward", "fun"], ["--seed", "x"], ["--lambda", "1"]])
+def test_bad_words_are_refused_by_the_parser(words):
+    with pytest.raises(SystemExit) as stop:
+        tyro.cli(ppo.Args, args=words)
+    assert stop.value.code == 2
+
+
+def test_program_in_a_shell(tmp_path):
+    """The real command: header, progress, verdict; events and a saved model that loads safely."""
+    words = "--total-episodes 1024 --batch-size 64 --sft-steps 20 --save-path model.pt".split()
+    command = [sys.executable, str(ROOT / "ppo.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("ppo.py") and "100%" in lines[-2]
+    assert lines[-1].startswith("held-out success") and "optimality" in lines[-1]
+    assert {p.name for p in tmp_path.iterdir()} == {"runs", "model.pt"}
+    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    policy = ppo.GPT()
+    policy.load_state_dict(saved["policy"])
+    assert saved["script"] == "ppo.py" and saved["args"]["batch_size"] == "64"
+
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("ppo__1__")
+    events = EventAccumulator(str(folder), size_guidance={"images": 0})
+    events.Reload()
+    charts = "score score_std kl kl_coef response_length eos_rate learning_rate episodes_per_second"
+    losses = (
+        "policy_loss value_loss entropy approx_kl clipfrac explained_variance grad_norm ratio_first"
+    )
+    evals = "success kl objective optimality"
+    wanted = {f"charts/{t}" for t in charts.split()} | {f"losses/{t}" for t in losses.split()}
+    wanted |= {f"eval/{t}" for t in evals.split()}
+    tags = events.Tags()
+    assert wanted <= set(tags["scalars"]) and tags["images"] == ["policy"]
+    assert "hyperparameters/text_summary" in tags["tensors"]
+    for event in events.Scalars("losses/ratio_first"):
+        assert abs(event.value - 1) < 1e-6  # before the first step the policy is the old one
+    assert all(len(events.Scalars(f"eval/{t}")) == 2 for t in evals.split())
+
+
+def test_bad_value_in_a_shell(tmp_path):
+    command = [sys.executable, str(ROOT / "ppo.py"), "--num-minibatches", "7"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reference_is_frozen_and_nothing_is_left_behind(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(copy, "deepcopy", lambda policy, copy=copy.deepcopy: keep(copy(policy)))
+
+    def keep(reference):
+        made.append((reference, {k: v.clone() for k, v in reference.state_dict().items()}))
+        return reference
+
+    run()
+    ((reference, before),) = made
+    after = reference.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(p.requires_grad for p in reference.parameters())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_explode_stop_the_run(monkeypatch, capsys):
+    monkeypatch.setattr(ppo, "reward", lambda p, r, kind="exact": torch.full((len(p),), torch.inf))
+    with pytest.raises(SystemExit) as stop:
+        run()
+    assert "rollout 1" in str(stop.value.code) and "--learning-rate" in str(stop.value.code)
+
+
+def test_early_stop_ends_the_updates(monkeypatch):
+    steps = []
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: steps.append(1) or clip(*a))
+    run(update_epochs=4, num_minibatches=4)
+    assert len(steps) == 2 * 16
+    steps.clear()
+    run(update_epochs=4, num_minibatches=4, target_kl=1e-9)
+    assert len(steps) == 2  # the first step moves the policy, the second is not taken

@@ -1,0 +1,107 @@
+"""What holds for every script: one code under one name, flags that are read, honest headers."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(ROOT.glob("*.py"))
+OWN = {"Args", "check_args", "main"}  # the only names that may differ from script to script
+COMMON = "seed device tensorboard save_path sft_steps total_episodes batch_size".split()
+COMMON += ["max_grad_norm", "temperature", "kl_coef"]
+each_script = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+
+
+def definitions(path):
+    """Source of every function and class at the top of a script, by name."""
+    source = path.read_text()
+    nodes = [n for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    return {n.name: segment(source, n) for n in nodes}
+
+
+def segment(source, node):
+    """Source of a node with its decorators."""
+    first = min([node.lineno, *[d.lineno for d in node.decorator_list]])
+    return "\n".join(source.splitlines()[first - 1 : node.end_lineno])
+
+
+def fields(path):
+    """The flags of a script: name to annotation, in order."""
+    (args,) = [n for n in ast.parse(path.read_text()).body if getattr(n, "name", "") == "Args"]
+    return {n.target.id: n for n in args.body if isinstance(n, ast.AnnAssign)}
+
+
+def test_same_name_same_code():
+    seen = {}
+    for path in SCRIPTS:
+        for name, source in definitions(path).items():
+            if name not in OWN:
+                other, before = seen.setdefault(name, (path.name, source))
+                assert source == before, f"{name} differs in {path.name} and {other}"
+
+
+def test_common_flags_have_one_type_and_one_help():
+    seen = {}
+    for path in SCRIPTS:
+        source = path.read_text().splitlines()
+        for name, node in fields(path).items():
+            if name in COMMON:
+                help_text = source[node.end_lineno - 1].split("#")[-1]
+                found = (ast.unparse(node.annotation), help_text)
+                assert seen.setdefault(name, found) == found, f"--{name} in {path.name}"
+
+
+@each_script
+def test_every_flag_is_read(path):
+    source = path.read_text()
+    for name in fields(path):
+        assert re.search(rf"\bargs\.{name}\b", source), f"nothing reads args.{name}"
+
+
+@each_script
+def test_every_flag_has_a_line_of_help(path):
+    lines = path.read_text().splitlines()
+    for name, node in fields(path).items():
+        assert re.search(r"  # \S.{5,}", lines[node.lineno - 1]), f"{name} has no help"
+
+
+@each_script
+def test_no_script_imports_another(path):
+    names = {p.stem for p in SCRIPTS}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            assert not names & {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert node.module.split(".")[0] not in names and node.level == 0
+
+
+@each_script
+def test_inline_dependencies_agree_with_the_requirements(path):
+    source = path.read_text()
+    block = re.search(r"# /// script\n(.*?)# ///", source, re.S).group(1)
+    inline = set(re.findall(r'"([a-z_]+[<>=].*?)"', block)) - {">=3.10"}
+    required = (ROOT / "requirements.txt").read_text().split()
+    assert inline and inline <= set(required)
+    wanted = {"torch", "tyro", "tensorboard"}
+    assert wanted <= {re.match(r"[a-z_]+", line).group() for line in inline}
+
+
+@each_script
+def test_help_lists_every_flag_and_importing_does_nothing(path, tmp_path):
+    command = [sys.executable, str(path), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    for name in fields(path):
+        assert f"--{name.replace('_', '-')}" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+    body = ast.parse(path.read_text()).body
+    calls = [n for n in body if isinstance(n, ast.Expr) and not isinstance(n.value, ast.Constant)]
+    assert not calls
+
+
+@each_script
+def test_no_line_is_wider_than_the_rule(path):
+    assert max(len(line) for line in path.read_text().splitlines()) <= 100
