@@ -327,11 +327,10 @@ def response_distribution(policy, prompts, temperature):
 
 
 def evaluate(logprobs, ref_logprobs, prompts, score, kl_coef):
-    """Exact means over all responses to the prompts; KL and entropy in nats a response.
+    """Exact means over all responses, from their log-probabilities (N, Y); KL, entropy in nats.
 
-    logprobs, ref_logprobs: (N, Y), of policy and reference. score: as in training. No policy beats
-    π* ∝ π_ref · exp(R/β), which attains J* = β · log E_ref[exp(R/β)]; optimality is the share
-    (J - J_ref) / (J* - J_ref), 1 when nothing is left to gain.
+    No policy beats π* ∝ π_ref · exp(R/β), which attains J* = β · log E_ref[exp(R/β)]; optimality
+    is (J - J_ref) / (J* - J_ref), 1 when nothing is left to gain.
     """
     responses = all_responses().to(prompts.device).repeat(len(prompts), 1)  # (N·Y, R)
     pairs = prompts.repeat_interleave(logprobs.shape[1], 0), responses
@@ -414,20 +413,11 @@ def main(args: Args) -> dict[str, float]:
             advantages = advantages.clamp(-args.advantage_clip, args.advantage_clip)
 
         # Update: several passes over the rollout, held near the old policy by the clipped ratio.
-        batch = (
-            prompts,
-            responses,
-            mask,
-            old_logprobs,
-            ref_logprobs,
-            old_values,
-            advantages,
-            returns,
-        )
+        data = prompts, responses, mask, old_logprobs, ref_logprobs, old_values, advantages, returns
         epochs = torch.stack([torch.randperm(args.batch_size) for _ in range(args.update_epochs)])
         updates = []
         for rows in epochs.view(-1, args.batch_size // args.num_minibatches):
-            x, y, real, old, ref, old_v, adv, ret = (tensor[rows] for tensor in batch)
+            x, y, real, old, ref, old_v, adv, ret = (tensor[rows] for tensor in data)
             logits, values = predict(policy, critic, x, y, args.temperature)
             logprobs = token_logprobs(logits, y)
             pg_loss, metrics = policy_loss(logprobs, old, adv, real, args.clip_coef, args.dual_clip)
@@ -456,24 +446,21 @@ def main(args: Args) -> dict[str, float]:
         losses["explained_variance"] = 1 - (returns - old_values)[mask].var() / returns[mask].var()
         charts = {"score": scores.mean(), "score_std": scores.std(), "kl": kl, "kl_coef": kl_coef}
         charts |= {"response_length": mask.sum(1).float().mean(), "learning_rate": learning_rate}
-        done, seconds = rollout / num_rollouts, time.perf_counter() - start
-        speed = rollout * args.batch_size / seconds
+        episodes, seconds = rollout * args.batch_size, time.perf_counter() - start
+        speed, left = episodes / seconds, seconds * (num_rollouts / rollout - 1)
         charts |= {"eos_rate": 1 - cut_off.float().mean(), "episodes_per_second": speed}
-        write(writer, "losses", losses, rollout * args.batch_size)
-        write(writer, "charts", charts, rollout * args.batch_size)
+        write(writer, "losses", losses, episodes)
+        write(writer, "charts", charts, episodes)
         if rollout % max(1, num_rollouts // 20) == 0 or rollout == num_rollouts:
-            line = f"{done:4.0%}  score {scores.mean():.3f}  KL {kl:.3f}  {speed:6,.0f} episodes/s"
-            print(f"{line}  {seconds / done - seconds:3.0f} s left")
+            line = f"{rollout / num_rollouts:4.0%}  score {scores.mean():.3f}  KL {kl:.3f}"
+            print(f"{line}  {speed:6,.0f} episodes/s  {left:3.0f} s left")
 
     table = response_distribution(policy, held_out, args.temperature)
     after = evaluate(table, ref_table, held_out, score, adaptive_kl.coef)
     if writer:
         flags = "".join(f"|{flag}|{value}|\n" for flag, value in asdict(args).items())
         writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}")
-        for step, logprobs, metrics in (
-            (0, ref_table, before),
-            (args.total_episodes, table, after),
-        ):
+        for step, logprobs, metrics in ((0, ref_table, before), (episodes, table, after)):
             write(writer, "eval", metrics, step)
             # π(d4, d5) for 8 held-out prompts: d4 downwards, d5 to the right, white is likely.
             maps = logprobs[:8, (all_responses() != EOS).sum(1) == 2].exp().view(-1, 1, 10, 10)
