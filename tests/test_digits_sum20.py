@@ -1,0 +1,338 @@
+"""digits_sum20.py against float64 loops and enumerations that share no code with it."""
+
+import itertools
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import digits_sum20 as digits
+
+SCRIPT = Path(digits.__file__)
+REWARDS = {  # of one sum, in plain Python
+    "exact": lambda total: float(total == 20),
+    "distance": lambda total: max(0.0, 1 - abs(total - 20) / 10),
+    "sharp": lambda total: math.exp(-abs(total - 20) / 2),
+    "square": lambda total: 1 - ((total - 20) / 10) ** 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(tmp_path, monkeypatch):
+    """Tests run in an empty folder and leave the number of threads as it was."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def answers_to(prompt):
+    """The right answers to a prompt, as numbers from 0 to 99."""
+    return [a for a in range(100) if sum(prompt) + a // 10 + a % 10 == 20]
+
+
+def some_prompts():
+    """Five prompts with 1, 10, 6, 2 and 9 right answers, and logits for them in float64."""
+    prompts = [[9, 9, 2], [3, 5, 3], [9, 3, 3], [1, 2, 0], [0, 6, 4]]
+    assert [len(answers_to(prompt)) for prompt in prompts] == [1, 10, 6, 2, 9]
+    logits = torch.randn(5, 100, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    return prompts, logits.requires_grad_()
+
+
+def gradient(loss, logits):
+    return torch.autograd.grad(loss, logits)[0]
+
+
+def flags(method, **given):
+    return digits.Args(method=method, tensorboard=False, **given)
+
+
+def results(method, epochs, seed=1, **given):
+    means = digits.main(flags(method, epochs=epochs, seed=seed, **given))
+    return {name.removeprefix(method + "/"): value for name, value in means.items()}
+
+
+def trained(method, epochs=20, **given):
+    """Weights after a few epochs, as one vector."""
+    args = flags(method, epochs=epochs, **given)
+    torch.manual_seed(args.seed)
+    model = digits.make_model(args.hidden_dim)
+    for _ in digits.train(model, digits.choose_knobs(args, method), epochs):
+        pass
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+# ---------------------------------------------------------------- The task
+
+
+def test_prompts_are_split_and_complete():
+    train, held_out = (list(map(tuple, prompts.tolist())) for prompts in digits.make_prompts())
+    solvable = [p for p in itertools.product(range(10), repeat=3) if answers_to(p)]
+    assert len(train) == 729 and len(held_out) == 183
+    assert not set(train) & set(held_out)
+    assert sorted(train + held_out) == solvable
+
+
+def test_held_out_prompts_are_never_trained_on():
+    """Whatever the row, only training prompts go through the network while it trains."""
+    train, held_out = (digits.one_hot(prompts) for prompts in digits.make_prompts())
+    for method, knobs in digits.METHODS.items():
+        model, seen = digits.make_model(8), []
+        model.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
+        list(digits.train(model, knobs, 2))
+        seen = {tuple(row) for row in torch.cat(seen).tolist()}
+        assert seen == {tuple(row) for row in train.tolist()}, method
+        assert not seen & {tuple(row) for row in held_out.tolist()}
+
+
+def test_seed_does_not_move_the_split():
+    before = digits.make_prompts()
+    random.seed(5), torch.manual_seed(5)
+    assert all(map(torch.equal, before, digits.make_prompts()))
+
+
+def test_answer_sums_and_inputs():
+    prompts, _ = some_prompts()
+    sums = digits.answer_sums(torch.tensor(prompts))
+    assert sums.tolist() == [[sum(p) + a // 10 + a % 10 for a in range(100)] for p in prompts]
+    inputs = digits.one_hot(torch.tensor(prompts))
+    assert inputs.shape == (5, 30) and inputs.sum() == 15
+    for row, prompt in zip(inputs, prompts, strict=True):
+        assert row.nonzero().squeeze(1).tolist() == [10 * i + d for i, d in enumerate(prompt)]
+
+
+@pytest.mark.parametrize("kind", REWARDS)
+def test_rewards(kind):
+    sums = torch.arange(2, 46)
+    expected = torch.tensor([REWARDS[kind](total) for total in range(2, 46)])
+    torch.testing.assert_close(digits.reward_table(sums, kind), expected)
+
+
+def test_rewards_as_printed_in_the_post():
+    sums = torch.tensor([20, 19, 21, 15, 25, 10, 30])
+    distance = torch.tensor([1, 0.9, 0.9, 0.5, 0.5, 0, 0])
+    sharp = torch.tensor([1, 0.61, 0.61, 0.08, 0.08, 0.007, 0.007])
+    torch.testing.assert_close(digits.reward_table(sums, "distance"), distance)
+    torch.testing.assert_close(digits.reward_table(sums, "sharp"), sharp, atol=0.005, rtol=0)
+
+
+# ---------------------------------------------------------------- The losses
+
+
+def test_sl_loss_is_cross_entropy_over_all_rows():
+    train, _ = digits.make_prompts()
+    rows = [(i, a) for i, prompt in enumerate(train.tolist()) for a in answers_to(prompt)]
+    logits = torch.randn(729, 100, dtype=torch.float64, requires_grad=True)
+    index, labels = torch.tensor(rows).T
+    expected = F.cross_entropy(logits[index], labels)
+
+    valid = digits.answer_sums(train) == 20
+    loss, metrics = digits.sl_loss(logits, valid / valid.sum())
+    assert len(rows) == valid.sum() > 4000
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    assert metrics["sl_loss"].item() == loss.item() and not metrics["sl_loss"].requires_grad
+    exact = gradient(expected, logits)
+    assert (gradient(loss, logits) - exact).abs().max() < 1e-6 * exact.abs().max()
+
+
+def expected_post_gradient(prompts, logits, rows, kind, ent_coef):
+    """Gradient in expectation of the post's loss: one sampled answer a row, all 100 enumerated."""
+    loss = 0.0
+    for prompt, n, row in zip(prompts, rows, logits, strict=True):
+        logp = row - row.exp().sum().log()
+        for a in range(100):
+            reward = REWARDS[kind](sum(prompt) + a // 10 + a % 10)
+            loss = loss - n * logp[a].exp().detach() * reward * logp[a]
+            loss = loss + n * ent_coef * logp[a].exp() * logp[a]
+    return gradient(loss / sum(rows), logits)
+
+
+@pytest.mark.parametrize("samples_per_prompt", [0, 3])
+@pytest.mark.parametrize("kind", REWARDS)
+def test_expected_rl_gradient_is_that_of_the_post(kind, samples_per_prompt):
+    prompts, logits = some_prompts()
+    sums = digits.answer_sums(torch.tensor(prompts))
+    valid = sums == 20
+    weights = digits.sample_weights(valid, samples_per_prompt).double()
+    rewards = digits.reward_table(sums, kind).double()
+    probs, loss = logits.softmax(1).detach(), 0.0
+    for a in range(100):  # every sample answers a, with the probability that it does
+        actions = torch.full(weights.shape, a)
+        advantages = digits.compute_advantages(rewards.gather(1, actions), weights, "none")
+        loss += digits.rl_loss(logits, actions, advantages, weights * probs[:, a : a + 1], 0.15)[0]
+    rows = [samples_per_prompt or len(answers_to(prompt)) for prompt in prompts]
+    expected = expected_post_gradient(prompts, logits, rows, kind, 0.15)
+    assert (gradient(loss, logits) - expected).abs().max() < 1e-6 * expected.abs().max()
+
+
+def test_rloo_leaves_the_expected_gradient_as_it_is():
+    """All 10,000 pairs of answers to one prompt, for every reward."""
+    prompts, logits = some_prompts()
+    for i, kind in enumerate(REWARDS):
+        prompt, row = prompts[i + 1 : i + 2], logits[i + 1 : i + 2]
+        rewards = digits.reward_table(digits.answer_sums(torch.tensor(prompt)), kind).double()
+        pairs = torch.cartesian_prod(torch.arange(100), torch.arange(100))  # (10000, 2)
+        advantages = digits.compute_advantages(rewards[0][pairs], torch.ones(pairs.shape), "rloo")
+        share = row.softmax(1)[0].detach()[pairs].prod(1, keepdim=True).expand(-1, 2) / 2
+        loss, _ = digits.rl_loss(row.expand(10_000, 100), pairs, advantages, share, 0.15)
+        expected = expected_post_gradient(prompt, row, [1], kind, 0.15)
+        actual = gradient(loss, row)
+        assert (actual - expected).abs().max() < 1e-6 * expected.abs().max(), kind
+
+
+@pytest.mark.parametrize("baseline", ["none", "batch-mean", "rloo"])
+@pytest.mark.parametrize("samples_per_prompt", [0, 2])
+def test_baselines_leave_the_expected_gradient_as_it_is(baseline, samples_per_prompt):
+    """Every joint outcome of 3 or 4 samples, in a world of 4 answers to each of 2 prompts."""
+    if baseline == "rloo" and not samples_per_prompt:
+        return  # refused by check_args()
+    valid = torch.tensor([[1, 0, 0, 0], [0, 1, 1, 0]]).bool()
+    weights = digits.sample_weights(valid, samples_per_prompt).double()
+    torch.manual_seed(0)
+    logits = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    rewards = torch.randn(2, 4, dtype=torch.float64) - 1
+    probs, loss = logits.softmax(1).detach(), 0.0
+    for outcome in itertools.product(range(4), repeat=weights.numel()):
+        actions = torch.tensor(outcome).view(weights.shape)
+        share = torch.where(weights > 0, probs.gather(1, actions), 1 / 4).prod()
+        sampled = torch.where(weights > 0, rewards.gather(1, actions), 1e6)  # unused: whatever
+        advantages = digits.compute_advantages(sampled, weights, baseline)
+        loss += share * digits.rl_loss(logits, actions, advantages, weights, 0.1)[0]
+    # E[R] and entropy in closed form: their gradient is what the samples must have on average.
+    policy = logits.softmax(1)
+    value = weights.sum(1) @ (policy * (rewards - 0.1 * policy.log())).sum(1)
+    torch.testing.assert_close(
+        gradient(loss, logits), -gradient(value, logits), rtol=1e-6, atol=1e-9
+    )
+
+
+def test_advantages_by_hand():
+    rewards, weights = torch.tensor([[1.0, 0.0, 2.0], [4.0, 9.0, 9.0]]), torch.ones(2, 3)
+    rloo = digits.compute_advantages(rewards, weights, "rloo")
+    torch.testing.assert_close(rloo, torch.tensor([[0.0, -1.5, 1.5], [-5.0, 2.5, 2.5]]))
+    weights[1, 1:] = 0
+    batch = digits.compute_advantages(rewards, weights, "batch-mean")[weights > 0]
+    torch.testing.assert_close(batch, torch.tensor([1 - 2, 0 - 7 / 3, 2 - 5 / 3, 4 - 1]))
+
+
+def test_sample_weights():
+    valid = torch.zeros(3, 100, dtype=torch.bool)
+    valid[0, :4] = valid[1, 7] = valid[2, 10:13] = True
+    row = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0]]) / 8
+    torch.testing.assert_close(digits.sample_weights(valid, 0), row)
+    torch.testing.assert_close(digits.sample_weights(valid, 5), torch.full((3, 5), 1 / 15))
+
+
+def test_samples_follow_the_distribution():
+    """Evenly spaced quantiles must land on each answer in proportion to its probability."""
+    probs = torch.tensor([[0.0, 0.5, 0.25, 0.0, 0.25], [0.1, 0.2, 0.3, 0.4, 0.0]])
+    uniforms = (torch.arange(10_000) / 10_000).expand(2, -1).contiguous()
+    for row, p in zip(digits.sample_actions(probs, uniforms), probs, strict=True):
+        shares = row.bincount(minlength=5) / 10_000
+        assert (shares - p).abs().max() < 2e-4
+        assert (shares[p == 0] == 0).all()  # not even at the quantiles 0 and almost 1
+
+
+# ---------------------------------------------------------------- Training
+
+
+@pytest.mark.parametrize("method", ["sl", "sl-weight-decay"])
+def test_sl_training_is_the_plain_loop_over_rows(method):
+    """Adam on one row an example, in float64: same weights after 20 epochs."""
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(30, 64), torch.nn.ReLU(), torch.nn.Linear(64, 100))
+    model.double()
+    rows = [(p, a) for p in digits.make_prompts()[0].tolist() for a in answers_to(p)]
+    inputs = torch.zeros(len(rows), 30, dtype=torch.float64)
+    for i, (prompt, _) in enumerate(rows):
+        inputs[i, [10 * place + digit for place, digit in enumerate(prompt)]] = 1
+    labels = torch.tensor([a for _, a in rows])
+    decay = {"sl": 0, "sl-weight-decay": 0.001}[method]
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=decay)
+    for _ in range(20):
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+    expected = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    assert (trained(method).double() - expected).abs().max() < 2e-4
+
+
+def test_rl_training_is_the_plain_loop_over_rows(monkeypatch):
+    """The same with RL: the joint loss, all knobs at work, on answers drawn in advance."""
+    knobs = digits.METHODS["joint"] | {"reward": "sharp", "baseline": "batch-mean"}
+    knobs |= {"samples_per_prompt": 0, "weight_decay": 0.01, "sl_coef": 0.5, "sl_coef_final": 0.1}
+    knobs |= {"ent_coef": 0.2, "ent_coef_final": 0.1, "learning_rate_final": 0.005}
+    prompts = digits.make_prompts()[0].tolist()
+    rows = [(i, a) for i, p in enumerate(prompts) for a in answers_to(p)]
+    index = torch.tensor([i for i, _ in rows])
+    labels = torch.tensor([a for _, a in rows])
+    first = torch.tensor([0, *itertools.accumulate(len(answers_to(p)) for p in prompts)])[index]
+    drawn = torch.randint(100, (8, 729, 10), generator=torch.Generator().manual_seed(0))
+    queue = iter(drawn)
+    monkeypatch.setattr(digits, "sample_actions", lambda probs, uniforms: next(queue))
+    actual = digits.make_model(16)
+    model = digits.make_model(16)
+    model.load_state_dict(actual.state_dict())
+    model.double()
+    list(digits.train(actual, knobs, 8))
+
+    inputs = digits.one_hot(torch.tensor(prompts))[index].double()
+    optimizer = torch.optim.Adam(model.parameters(), weight_decay=0.01)
+    for epoch in range(8):
+        optimizer.param_groups[0]["lr"] = 0.015 - 0.010 * epoch / 8
+        logp = model(inputs).log_softmax(1)
+        actions = drawn[epoch][index, torch.arange(len(rows)) - first]
+        reward = torch.tensor(
+            [
+                REWARDS["sharp"](sum(prompts[i]) + a // 10 + a % 10)
+                for i, a in zip(index.tolist(), actions.tolist(), strict=True)
+            ]
+        ).double()
+        others = (reward.sum() - reward) / (len(rows) - 1)
+        chosen = logp[torch.arange(len(rows)), actions]
+        entropy = -(logp.exp() * logp).sum(1).mean()
+        loss = -((reward - others) * chosen).mean() - (0.2 - 0.1 * epoch / 8) * entropy
+        loss = loss + (0.5 - 0.4 * epoch / 8) * F.nll_loss(logp, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for mine, theirs in zip(actual.parameters(), model.parameters(), strict=True):
+        assert (mine.double() - theirs).abs().max() < 2e-4
+
+
+def test_rl_samples_from_the_policy_itself(monkeypatch):
+    """The probabilities sampled from are the softmax of the logits of this epoch."""
+    model, seen = digits.make_model(8), []
+    sample_actions = digits.sample_actions
+    monkeypatch.setattr(
+        digits, "sample_actions", lambda p, u: seen.append((p, u)) or sample_actions(p, u)
+    )
+    steps = digits.train(model, digits.METHODS["rl"], 2)
+    for _ in range(2):
+        inputs = digits.one_hot(digits.make_prompts()[0])
+        expected = model(inputs).softmax(1).detach()
+        next(steps)
+        probs, uniforms = seen[-1]
+        torch.testing.assert_close(probs, expected)
+        assert 0.49 < uniforms.mean() < 0.51 and uniforms.std() > 0.28
+    assert not torch.equal(seen[0][1], seen[1][1])
+
+
+def test_greedy_results():
+    model = digits.make_model(8)
+    prompts, _ = digits.make_prompts()
+    prompts = prompts[:60]
+    right, distinct, losses = 0, set(), []
+    for prompt in prompts.tolist():
+        logits = model(digits.one_hot(torch.tensor([prompt])))[0]
+        right += logits.argmax().item() in answers_to(prompt)
+        distinct.add(logits.argmax().item())
+        losses += [-logits.log_softmax(0)[a].item() for a in answers_to(prompt)]
+    found = digits.greedy_results(model, prompts)
+    assert found["accuracy"] == pytest.approx(right / 60)
+    assert found["distinct"] == len(distinct)
+    assert found["cross_entropy"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
