@@ -131,8 +131,8 @@ def check_args(args: Args) -> None:
     for flag in ("num_seeds", "hidden_dim", "epochs"):
         if getattr(args, flag) < 1:
             refuse(flag, getattr(args, flag), "must be at least 1")
-    knobs = {"seed": args.seed} | choose_knobs(args, args.method) if args.method in METHODS else {}
-    for flag, value in knobs.items():
+    knobs = choose_knobs(args, args.method) if args.method in METHODS else {}
+    for flag, value in [("seed", args.seed), *knobs.items()]:
         if isinstance(value, int | float) and not 0 <= value < float("inf"):
             refuse(flag, value, "must be a finite number, 0 or more")
     if args.learning_rate == 0:
@@ -242,17 +242,19 @@ def compute_advantages(rewards, weights, baseline):
     return (rewards - mean) * n / (n - 1)  # the reward minus the mean of the other n - 1
 
 
-def sl_loss(logits, targets):
-    """Cross-entropy over all rows; targets (N, A): the share of the rows that each answer has."""
-    loss = -(targets * logits.log_softmax(1)).sum()
+def sl_loss(logprobs, targets):
+    """Cross-entropy over all rows. logprobs, targets: (N, A); targets are shares of the rows."""
+    loss = -(targets * logprobs).sum()
     return loss, {"sl_loss": loss.detach()}
 
 
-def rl_loss(logits, actions, advantages, weights, ent_coef):
-    """REINFORCE with an entropy bonus: logits (N, A); actions, advantages, weights (N, M)."""
-    logprobs = logits.log_softmax(1)
+def rl_loss(logprobs, probs, actions, advantages, weights, ent_coef):
+    """REINFORCE with an entropy bonus.
+
+    logprobs and probs, its exponential: (N, A). actions, advantages, weights: (N, M).
+    """
     policy_loss = -(weights * advantages * logprobs.gather(1, actions)).sum()
-    entropy = -(logprobs.exp() * logprobs).sum(1) @ weights.sum(1)
+    entropy = -(probs * logprobs).sum(1) @ weights.sum(1)
     metrics = {"policy_loss": policy_loss.detach(), "entropy": entropy.detach()}
     return policy_loss - ent_coef * entropy, metrics
 
@@ -281,20 +283,19 @@ def train(model, knobs, num_epochs):
     for epoch in range(num_epochs):
         progress = epoch / num_epochs
         optimizer.param_groups[0]["lr"] = scheduled(knobs, "learning_rate", progress)
-        logits = model(inputs)
+        logprobs = model(inputs).log_softmax(1)
         if "reward" in knobs:
-            with torch.no_grad():
-                actions = sample_actions(logits.softmax(1), torch.rand(weights.shape))
-                sampled = rewards.gather(1, actions)
-                advantages = compute_advantages(sampled, weights, knobs["baseline"])
-            ent_coef = scheduled(knobs, "ent_coef", progress)
-            loss, metrics = rl_loss(logits, actions, advantages, weights, ent_coef)
+            probs, ent_coef = logprobs.exp(), scheduled(knobs, "ent_coef", progress)
+            actions = sample_actions(probs.detach(), torch.rand(weights.shape))
+            sampled = rewards.gather(1, actions)
+            advantages = compute_advantages(sampled, weights, knobs["baseline"])
+            loss, metrics = rl_loss(logprobs, probs, actions, advantages, weights, ent_coef)
             if "sl_coef" in knobs:
-                imitation, more = sl_loss(logits, targets)
+                imitation, more = sl_loss(logprobs, targets)
                 loss = loss + scheduled(knobs, "sl_coef", progress) * imitation
                 metrics |= more
         else:
-            loss, metrics = sl_loss(logits, targets)
+            loss, metrics = sl_loss(logprobs, targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -304,10 +305,11 @@ def train(model, knobs, num_epochs):
 @torch.no_grad()
 def greedy_results(model, prompts):
     """Accuracy and number of distinct greedy answers; cross-entropy with all right answers."""
-    logits, valid = model(one_hot(prompts)), answer_sums(prompts) == TARGET
-    answers = logits.argmax(1, keepdim=True)  # (N, 1)
+    logprobs = model(one_hot(prompts)).log_softmax(1)
+    valid = answer_sums(prompts) == TARGET  # (N, A)
+    answers = logprobs.argmax(1, keepdim=True)  # (N, 1)
     accuracy = valid.gather(1, answers).float().mean().item()
-    cross_entropy = sl_loss(logits, valid / valid.sum())[0].item()
+    cross_entropy = sl_loss(logprobs, valid / valid.sum())[0].item()
     return {"accuracy": accuracy, "distinct": len(answers.unique()), "cross_entropy": cross_entropy}
 
 
@@ -404,7 +406,7 @@ def main(args: Args) -> dict[str, float]:
                 print(
                     f"{method:15} {seed:5} {epoch:6} {metrics['train/accuracy']:7.1%}"
                     f" {metrics['eval/accuracy']:9.1%} {metrics['eval/distinct']:9.0f}"
-                    f" {metrics['eval/cross_entropy']:14.4f} {left:8.0f} s"
+                    f" {metrics['eval/cross_entropy']:14.4f}{f'{left:9.0f} s' if epoch else ''}"
                 )
         metrics["seconds"] = time.perf_counter() - run_start
         results[method].append(metrics)

@@ -2,12 +2,16 @@
 
 import itertools
 import math
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import tyro
 
 import digits_sum20 as digits
 
@@ -45,6 +49,11 @@ def some_prompts():
 
 def gradient(loss, logits):
     return torch.autograd.grad(loss, logits)[0]
+
+
+def rl_loss(logits, *samples):
+    logprobs = logits.log_softmax(1)
+    return digits.rl_loss(logprobs, logprobs.exp(), *samples)[0]
 
 
 def flags(method, **given):
@@ -131,7 +140,7 @@ def test_sl_loss_is_cross_entropy_over_all_rows():
     expected = F.cross_entropy(logits[index], labels)
 
     valid = digits.answer_sums(train) == 20
-    loss, metrics = digits.sl_loss(logits, valid / valid.sum())
+    loss, metrics = digits.sl_loss(logits.log_softmax(1), valid / valid.sum())
     assert len(rows) == valid.sum() > 4000
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
     assert metrics["sl_loss"].item() == loss.item() and not metrics["sl_loss"].requires_grad
@@ -163,7 +172,7 @@ def test_expected_rl_gradient_is_that_of_the_post(kind, samples_per_prompt):
     for a in range(100):  # every sample answers a, with the probability that it does
         actions = torch.full(weights.shape, a)
         advantages = digits.compute_advantages(rewards.gather(1, actions), weights, "none")
-        loss += digits.rl_loss(logits, actions, advantages, weights * probs[:, a : a + 1], 0.15)[0]
+        loss += rl_loss(logits, actions, advantages, weights * probs[:, a : a + 1], 0.15)
     rows = [samples_per_prompt or len(answers_to(prompt)) for prompt in prompts]
     expected = expected_post_gradient(prompts, logits, rows, kind, 0.15)
     assert (gradient(loss, logits) - expected).abs().max() < 1e-6 * expected.abs().max()
@@ -178,7 +187,7 @@ def test_rloo_leaves_the_expected_gradient_as_it_is():
         pairs = torch.cartesian_prod(torch.arange(100), torch.arange(100))  # (10000, 2)
         advantages = digits.compute_advantages(rewards[0][pairs], torch.ones(pairs.shape), "rloo")
         share = row.softmax(1)[0].detach()[pairs].prod(1, keepdim=True).expand(-1, 2) / 2
-        loss, _ = digits.rl_loss(row.expand(10_000, 100), pairs, advantages, share, 0.15)
+        loss = rl_loss(row.expand(10_000, 100), pairs, advantages, share, 0.15)
         expected = expected_post_gradient(prompt, row, [1], kind, 0.15)
         actual = gradient(loss, row)
         assert (actual - expected).abs().max() < 1e-6 * expected.abs().max(), kind
@@ -201,7 +210,7 @@ def test_baselines_leave_the_expected_gradient_as_it_is(baseline, samples_per_pr
         share = torch.where(weights > 0, probs.gather(1, actions), 1 / 4).prod()
         sampled = torch.where(weights > 0, rewards.gather(1, actions), 1e6)  # unused: whatever
         advantages = digits.compute_advantages(sampled, weights, baseline)
-        loss += share * digits.rl_loss(logits, actions, advantages, weights, 0.1)[0]
+        loss += share * rl_loss(logits, actions, advantages, weights, 0.1)
     # E[R] and entropy in closed form: their gradient is what the samples must have on average.
     policy = logits.softmax(1)
     value = weights.sum(1) @ (policy * (rewards - 0.1 * policy.log())).sum(1)
@@ -336,3 +345,255 @@ def test_greedy_results():
     assert found["accuracy"] == pytest.approx(right / 60)
     assert found["distinct"] == len(distinct)
     assert found["cross_entropy"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+# ---------------------------------------------------------------- The story, in short runs
+
+
+@pytest.fixture(scope="module")
+def short_runs():
+    """Two seeds of each plain row, 400 epochs."""
+    names = ("sl", "sl-weight-decay", "rl", "rl-entropy", "rl-distance", "rl-sharp")
+    return {name: [results(name, 400, seed) for seed in (1, 2)] for name in names}
+
+
+def test_rl_collapses_and_entropy_prevents_it(short_runs):
+    for collapsed, lively in zip(short_runs["rl"], short_runs["rl-entropy"], strict=True):
+        assert collapsed["eval/distinct"] <= 8 and lively["eval/distinct"] >= 40
+        assert collapsed["losses/entropy"] < 0.5 < lively["losses/entropy"]
+        assert collapsed["train/accuracy"] < 0.4 and lively["train/accuracy"] > 0.85
+
+
+def test_a_sharp_reward_beats_distance(short_runs):
+    for distance, sharp in zip(short_runs["rl-distance"], short_runs["rl-sharp"], strict=True):
+        assert sharp["train/accuracy"] > distance["train/accuracy"] + 0.2
+        assert sharp["eval/accuracy"] > distance["eval/accuracy"] + 0.05
+
+
+def test_weight_decay_generalises(short_runs):
+    for plain, decayed in zip(short_runs["sl"], short_runs["sl-weight-decay"], strict=True):
+        assert plain["train/accuracy"] > 0.99 and plain["train/cross_entropy"] < 2
+        assert plain["eval/cross_entropy"] > decayed["eval/cross_entropy"] + 0.3
+
+
+def test_warm_start_is_sl_with_weight_decay_then_rl(monkeypatch):
+    """A tenth of the epochs, in that order, on one and the same model."""
+    phases = []
+
+    def spy(model, knobs, num_epochs):
+        phases.append((model, knobs, num_epochs))
+        return train(model, knobs, num_epochs)
+
+    train = digits.train
+    monkeypatch.setattr(digits, "train", spy)
+    results("sl-then-rl", 20, ent_coef=0.3)
+    (first, knobs, warm), (second, others, rest) = [phase for phase in phases if phase[2]]
+    assert first is second and (warm, rest) == (2, 18)
+    assert knobs == digits.METHODS["sl-weight-decay"]
+    assert others == digits.METHODS["sl-then-rl"] | {"ent_coef": 0.3}
+
+
+def test_warm_start_is_often_right_from_the_first_rl_epoch():
+    cold = results("rl-sharp", 1)["train/accuracy"]
+    warm = results("sl-then-rl", 301, sft_fraction=0.999)["train/accuracy"]
+    assert cold < 0.2 and warm > 0.7
+
+
+def test_improved_rl_generalises_as_well_as_it_trains():
+    for seed in (1, 2):
+        run = results("rl-improved", 1000, seed)
+        assert run["eval/accuracy"] > 0.65 and run["eval/distinct"] > 25
+        assert abs(run["eval/accuracy"] - run["train/accuracy"]) < 0.1
+
+
+# ---------------------------------------------------------------- The command line
+
+
+def test_the_rows_have_the_numbers_of_the_post():
+    rl = {"learning_rate": 0.015, "weight_decay": 0.0, "baseline": "none", "samples_per_prompt": 0}
+    expected = {
+        "sl": {"learning_rate": 0.01, "weight_decay": 0.0},
+        "sl-weight-decay": {"learning_rate": 0.01, "weight_decay": 0.001},
+        "rl": rl | {"reward": "exact", "ent_coef": 0.0},
+        "rl-entropy": rl | {"reward": "exact", "ent_coef": 0.15},
+        "rl-distance": rl | {"reward": "distance", "ent_coef": 0.15},
+        "rl-sharp": rl | {"reward": "sharp", "ent_coef": 0.15},
+        "sl-then-rl": rl | {"reward": "sharp", "ent_coef": 0.15, "sft_fraction": 0.1},
+    }
+    for method, knobs in expected.items():
+        row = digits.METHODS[method]
+        assert {k: v for k, v in row.items() if not k.endswith("_final")} == knobs
+        assert all(v is None for k, v in row.items() if k.endswith("_final"))  # all constant
+    assert list(digits.METHODS)[:7] == list(expected)
+    assert digits.Args().epochs == 10_000 and digits.Args().hidden_dim == 64
+
+
+KNOBS = {
+    "learning_rate": 0.02,
+    "learning_rate_final": 0.01,
+    "weight_decay": 0.1,
+    "reward": "sharp",
+    "ent_coef": 0.5,
+    "ent_coef_final": 0.5,
+    "baseline": "batch-mean",
+    "samples_per_prompt": 3,
+    "sl_coef": 0.5,
+    "sl_coef_final": 0.5,
+}
+
+
+def test_every_knob_changes_the_weights():
+    assert set(digits.KNOBS) == {*KNOBS, "sft_fraction"}
+    plain = trained("joint")
+    assert torch.equal(plain, trained("joint"))
+    for flag, value in KNOBS.items():
+        assert not torch.equal(plain, trained("joint", **{flag: value})), flag
+    assert not torch.equal(plain, trained("joint", seed=2))
+    assert trained("joint", hidden_dim=8).numel() == 30 * 8 + 8 + 8 * 100 + 100
+    kinds = ("exact", "distance", "sharp", "square")
+    assert len({tuple(trained("rl", reward=kind).tolist()) for kind in kinds}) == 4
+    kinds = ("none", "batch-mean", "rloo")
+    assert len({tuple(trained("rl-improved", baseline=kind).tolist()) for kind in kinds}) == 3
+
+
+def test_a_knob_is_read_or_refused_by_each_row(capsys):
+    values = {**KNOBS, "sft_fraction": 0.5}
+    for method, flag in itertools.product(("ladder", *digits.METHODS), digits.KNOBS):
+        args = flags(method, epochs=4, **{flag: values[flag]})
+        if flag in digits.METHODS.get(method, {}):
+            digits.check_args(args)
+            assert digits.choose_knobs(args, method)[flag] == values[flag]
+        else:
+            with pytest.raises(SystemExit) as stop:
+                digits.check_args(args)
+            assert stop.value.code == 2
+            assert f"--method {method} ignores it" in capsys.readouterr().err
+
+
+BAD = [
+    ("--method", "sl", "--ent-coef", "0.1"),
+    ("--reward", "sharp"),
+    ("--num-seeds", "0"),
+    ("--epochs", "0"),
+    ("--hidden-dim", "-3"),
+    ("--seed", "-1"),
+    ("--method", "rl", "--ent-coef", "-0.1"),
+    ("--method", "rl", "--learning-rate", "0"),
+    ("--method", "rl", "--learning-rate", "nan"),
+    ("--method", "sl", "--weight-decay", "inf"),
+    ("--method", "rl-improved", "--samples-per-prompt", "1"),
+    ("--method", "rl", "--samples-per-prompt", "-1"),
+    ("--method", "rl", "--baseline", "rloo"),
+    ("--method", "sl-then-rl", "--sft-fraction", "1"),
+    ("--method", "sl-then-rl", "--sft-fraction", "-0.5"),
+    ("--method", "joint", "--sl-coef", "-1"),
+]
+
+
+@pytest.mark.parametrize("argv", BAD, ids=" ".join)
+def test_bad_values_are_refused(argv, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        digits.main(tyro.cli(digits.Args, args=argv))
+    out, err = capsys.readouterr()
+    flag = {"rl-improved": "--baseline"}.get(argv[1], argv[-2])
+    assert stop.value.code == 2 and out == ""
+    assert err.count("\n") == 1 and f"error: {flag} " in err and len(err) < 300
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--method", "ppo"),
+        ("--epochs", "many"),
+        ("--method", "rl", "--reward", "none"),
+        ("--method", "rl", "--baseline", "value"),
+        ("--no-such-flag",),
+    ],
+    ids=" ".join,
+)
+def test_what_is_no_value_at_all_is_refused(argv, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        tyro.cli(digits.Args, args=argv)
+    assert stop.value.code == 2 and not list(tmp_path.iterdir())
+    assert argv[-1] in capsys.readouterr().err
+
+
+def test_a_run_that_diverges_says_so(capsys):
+    with pytest.raises(SystemExit) as stop:
+        results("rl-entropy", 50, learning_rate=1e30)
+    assert stop.value.code == 1
+    assert "lower --learning-rate" in capsys.readouterr().err
+
+
+def test_same_seed_same_results(capsys):
+    def run(**given):
+        means = digits.main(digits.Args(tensorboard=False, epochs=5, **given))
+        return {name: value for name, value in means.items() if "seconds" not in name}
+
+    first = run()
+    assert first == run()
+    assert {name.split("/")[0] for name in first} == set(digits.METHODS)
+    other = run(seed=2)
+    assert first != other
+    both = run(num_seeds=2)
+    for name, value in both.items():
+        assert value == pytest.approx((first[name] + other[name]) / 2)
+
+
+def test_progress_of_a_single_run(capsys):
+    results("rl", 40)
+    out = capsys.readouterr().out.splitlines()
+    epochs = [int(line.split()[2]) for line in out if line.startswith("rl ") and "%" in line]
+    assert epochs == [*range(0, 40, 4), 39]
+    assert "hidden units" in out[0] and "seed 1" in out[0]
+
+
+def test_tables_of_the_ladder(capsys):
+    digits.main(digits.Args(tensorboard=False, epochs=3, num_seeds=2))
+    out = capsys.readouterr().out
+    table = out[out.index("\nrow ", 200) :].splitlines()[1:]
+    assert [line.split()[0] for line in table[1:11]] == list(digits.METHODS)
+    assert all("±" in line for line in table[1:11])
+    assert table[2].endswith("91.26*") and table[7].endswith("98.91*")
+    assert "Greedy answers of" in out
+    for line in out.splitlines():
+        if line.endswith(("right |", "wrong |")):
+            digits_shown = [
+                int(c) for c in line.split("| ")[1] + line.split("| ")[2] if c.isdigit()
+            ]
+            total = int(line.split("|")[3])
+            assert sum(digits_shown) == total and ("right" in line) == (total == 20)
+            assert len(digits_shown) == 5
+
+
+def test_as_a_program(tmp_path):
+    """Run as a reader does: nothing is left behind without TensorBoard, events are with it."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), "--method", "rl", "--epochs", "20"]
+    done = subprocess.run([*command, "--no-tensorboard"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "rl" in done.stdout and not list(tmp_path.iterdir())
+    refused = subprocess.run([*command, "--sl-coef", "1"], env=env, capture_output=True, text=True)
+    assert refused.returncode == 2 and refused.stdout == ""
+    assert refused.stderr.startswith(
+        "digits_sum20.py: error: --sl-coef 1.0: --method rl ignores it"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_curves(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    digits.main(digits.Args(method="joint", epochs=200, num_seeds=2))
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("digits_sum20__1__")
+    events = EventAccumulator(str(folder)).Reload()
+    tags = events.Tags()["scalars"]
+    for seed in (1, 2):
+        for name in ("policy_loss", "entropy", "sl_loss"):
+            assert f"losses/{name}/joint-{seed}" in tags
+        for name in ("accuracy", "distinct", "cross_entropy"):
+            assert f"train/{name}/joint-{seed}" in tags and f"eval/{name}/joint-{seed}" in tags
+    steps = [point.step for point in events.Scalars("eval/accuracy/joint-1")]
+    assert steps == [*range(0, 200, 2), 199]
