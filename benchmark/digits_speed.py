@@ -45,7 +45,8 @@ def straightforward(method, epochs):
 
 def ours(method, epochs):
     """The same epochs as digits_sum20.py runs them."""
-    for _ in digits.train(digits.make_model(64), digits.METHODS[method], epochs):
+    model, prompts = digits.make_model(64), digits.make_prompts()[0]
+    for _ in digits.train(model, prompts, digits.METHODS[method], epochs):
         pass
 
 
