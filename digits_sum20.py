@@ -76,18 +76,19 @@ class Args:
     epochs: int = 10_000  # gradient steps, each on all training prompts
     hidden_dim: int = 64  # hidden units
 
-    # Knobs: None leaves the row's own value. A value goes to its _final on a straight line, if any.
-    learning_rate: float | None = None  # step size of Adam; in a warm start it is that of SL
-    learning_rate_final: float | None = None  # the same after the last epoch; None: constant
-    weight_decay: float | None = None  # L2 penalty, added to the gradient; not in a warm start
+    # The knobs. None leaves the row's own value; METHODS says which row reads which.
+
+    learning_rate: float | None = None  # step size of Adam (a warm start has SL's own)
+    learning_rate_final: float | None = None  # step size it falls to, on a line, by the last epoch
+    weight_decay: float | None = None  # L2 penalty, in the gradient (a warm start has SL's own)
     reward: Literal["exact", "distance", "sharp", "square"] | None = None  # what is paid for
     ent_coef: float | None = None  # bonus for a nat of entropy
-    ent_coef_final: float | None = None  # the same after the last epoch; None: constant
-    baseline: Literal["none", "batch-mean", "rloo"] | None = None  # of others: all, or same prompt
-    samples_per_prompt: int | None = None  # a prompt and epoch; 0: as many as it has right answers
+    ent_coef_final: float | None = None  # bonus it falls to, on a line, by the last epoch
+    baseline: Literal["none", "batch-mean", "rloo"] | None = None  # what rewards are compared with
+    samples_per_prompt: int | None = None  # an epoch; 0: one for each right answer, as in the post
     sft_fraction: float | None = None  # share of the epochs for a warm start: SL with weight decay
     sl_coef: float | None = None  # weight of the SL loss beside the RL loss
-    sl_coef_final: float | None = None  # the same after the last epoch
+    sl_coef_final: float | None = None  # weight it falls to, on a line, by the last epoch
 
 
 def check(args, flags, valid, why):

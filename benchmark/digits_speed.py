@@ -1,7 +1,7 @@
 """Milliseconds an epoch of digits_sum20.py, beside a straightforward loop with one row an example.
 
-    python benchmark/digits_speed.py                # both on one thread and, ours always, on one
-    python benchmark/digits_speed.py --threads 2    # the straightforward loop on two threads
+    python benchmark/digits_speed.py                # with as many threads as torch takes by itself
+    python benchmark/digits_speed.py --threads 1    # the straightforward loop, too, on one
 
 The two take turns, several times over, and the fastest turn of each counts: what else the machine
 is doing then disturbs both alike, and least.
@@ -60,7 +60,7 @@ def milliseconds(loop, method, epochs, threads):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1, help="of the straightforward loop")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--turns", type=int, default=7)
     args = parser.parse_args()
     torch.manual_seed(1)
