@@ -15,9 +15,10 @@ and first seven rows are those of the post "Reinforcement Learning" of Tommy's B
   epoch on, but settles for them; a sharper reward does not. SL then RL starts where pay is common.
 * Beyond the post, RL that generalises almost perfectly without a label ("rl-improved"). The loss is
   least for π ∝ exp(reward / ent_coef). With a reward that is a parabola in the sum, those logits
-  are bilinear in prompt and answer: the easiest thing there is to carry over to new prompts. But as
-  near misses then cost next to nothing, noise must be low (a baseline, a learning rate that falls
-  to 0) and the bonus must fade in the end. Labels on top ("joint") are followed early, then faded.
+  are linear in the prompt (its square is the same for all answers and cancels): the easiest thing
+  there is to carry over to new prompts. As near misses then cost next to nothing, noise must be low
+  (a baseline, a learning rate that falls to 0) and the bonus must fade in the end. Labels beside
+  it ("joint") are followed early, then faded: imitation to the last would learn by heart again.
 
     python digits_sum20.py                               # the whole ladder, in about 2 minutes
     python digits_sum20.py --num-seeds 10                # mean ± standard deviation
