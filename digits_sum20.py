@@ -61,7 +61,7 @@ METHODS = {  # the rows of the ladder: all the knobs that a row reads, and its v
     "sl-then-rl": SHARP | {"sft_fraction": 0.1},
     "rl-improved": IMPROVED,
     "sl-then-improved": IMPROVED | {"sft_fraction": 0.1},
-    "joint": IMPROVED | {"sl_coef": 0.05, "sl_coef_final": 0.0},
+    "joint": IMPROVED | {"sl_coef": 0.07, "sl_coef_final": 0.0},
 }
 KNOBS = METHODS["joint"].keys() | METHODS["sl-then-rl"].keys()
 # Held-out accuracy in per cent that the post has for its rows, of one seed each; none for plain SL.
