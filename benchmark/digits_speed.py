@@ -1,0 +1,84 @@
+"""Milliseconds an epoch of digits_sum20.py, beside a straightforward loop with one row an example.
+
+    python benchmark/digits_speed.py                # with as many threads as torch takes by itself
+    python benchmark/digits_speed.py --threads 1    # the straightforward loop, too, on one
+
+The two take turns, several times over, and the fastest turn of each counts: what else the machine
+is doing then disturbs both alike, and least.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import digits_sum20 as digits
+
+
+def straightforward(method, epochs):
+    """The loop one would write first: a row for every right answer, one sample a row."""
+    prompts = digits.make_prompts()[0]
+    index, labels = torch.where(digits.answer_sums(prompts) == digits.TARGET)
+    rows = prompts[index]  # (4500, 3)
+    inputs = digits.one_hot(rows)
+    model = digits.make_model(64)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(epochs):
+        logits = model(inputs)
+        if method == "sl":
+            loss = F.cross_entropy(logits, labels)
+        else:
+            logprobs = F.log_softmax(logits, dim=1)
+            actions = torch.multinomial(logprobs.exp(), 1).squeeze(1)
+            chosen = logprobs[range(len(actions)), actions]
+            sums = rows.sum(1) + actions // 10 + actions % 10
+            entropy = -(logprobs.exp() * logprobs).sum(1).mean()
+            loss = -(digits.reward_table(sums, "sharp") * chosen).mean() - 0.15 * entropy
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def ours(method, epochs):
+    """The same epochs as digits_sum20.py runs them."""
+    model, prompts = digits.make_model(64), digits.make_prompts()[0]
+    for _ in digits.train(model, prompts, digits.METHODS[method], epochs):
+        pass
+
+
+def milliseconds(loop, method, epochs, threads):
+    """Time of an epoch, in a turn of so many."""
+    torch.set_num_threads(threads)
+    start = time.perf_counter()
+    loop(method, epochs)
+    return (time.perf_counter() - start) / epochs * 1e3
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--turns", type=int, default=7)
+    args = parser.parse_args()
+    torch.manual_seed(1)
+    print(f"torch {torch.__version__}, straightforward loop on {args.threads} threads, ours on 1")
+    print("| epoch | straightforward, ms | digits_sum20.py, ms | times faster |\n|-|-|-|-|")
+    for method in ("sl", "rl-sharp", "rl-improved"):
+        plain, fast = [], []
+        for turn in range(args.turns + 1):
+            times = (
+                milliseconds(straightforward, method, 20, args.threads),
+                milliseconds(ours, method, 200, 1),
+            )
+            if turn:  # the first only warms up
+                plain.append(times[0])
+                fast.append(times[1])
+        ratio = min(plain) / min(fast)
+        print(f"| {method} | {min(plain):.2f} | {min(fast):.2f} | {ratio:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

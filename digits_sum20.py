@@ -1,0 +1,369 @@
+"""Imitation against trial and error, on the smallest task where RL's failures and cures all show.
+
+Three digits are given; a network with one hidden layer answers with one of the 100 digit pairs, so
+that all five sum to 20. What counts is its greedy answer to prompts it was never trained on. Task
+and first seven rows are those of the post "Reinforcement Learning" of Tommy's Blog.
+
+* Supervised learning (SL) imitates: cross-entropy with every right answer. It learns the training
+  prompts by heart; weight decay makes it generalise.
+* Reinforcement learning (RL) samples answers and reinforces those that were paid for:
+
+      loss = -E[(reward - baseline) · log π(answer | prompt)] - ent_coef · entropy(π)
+
+  Paid only for right answers it collapses: what is sampled is reinforced, so is sampled more. The
+  entropy bonus keeps other answers alive. Pay for near misses ("distance") teaches from the first
+  epoch on, but settles for them; a sharper reward does not. SL then RL starts where pay is common.
+* Beyond the post, RL that generalises almost perfectly without a label ("rl-improved"). The loss is
+  least for π ∝ exp(reward / ent_coef). With a reward that is a parabola in the sum, those logits
+  are linear in the prompt (its square is the same for all answers and cancels): the easiest thing
+  there is to carry over to new prompts. As near misses then cost next to nothing, noise must be low
+  (a baseline, a learning rate that falls to 0) and the bonus must fade in the end. Labels beside
+  it ("joint") are followed early, then faded: imitation to the last would learn by heart again.
+
+    python digits_sum20.py                               # the whole ladder, in about 2 minutes
+    python digits_sum20.py --num-seeds 10                # mean ± standard deviation
+    python digits_sum20.py --method rl --ent-coef 0.05   # one row, with a knob turned
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6,<2.14", "numpy>=1.26", "tyro>=0.9", "tensorboard>=2.16"]
+# ///
+
+import math
+import random
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from itertools import chain
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+SL = {"learning_rate": 0.01, "learning_rate_final": None, "weight_decay": 0.0}
+RL = SL | {"learning_rate": 0.015, "reward": "exact", "ent_coef": 0.0, "ent_coef_final": None}
+RL |= {"baseline": "none", "samples_per_prompt": 0}
+SHARP = RL | {"reward": "sharp", "ent_coef": 0.15}
+IMPROVED = RL | {"reward": "square", "baseline": "rloo", "samples_per_prompt": 8}
+IMPROVED |= {"ent_coef": 0.3, "ent_coef_final": 0.02, "learning_rate_final": 0.0}
+METHODS = {  # the rows of the ladder: all the knobs that a row reads, and its values of them
+    "sl": SL,
+    "sl-weight-decay": SL | {"weight_decay": 0.001},
+    "rl": RL,
+    "rl-entropy": RL | {"ent_coef": 0.15},
+    "rl-distance": SHARP | {"reward": "distance"},
+    "rl-sharp": SHARP,
+    "sl-then-rl": SHARP | {"sft_fraction": 0.1},
+    "rl-improved": IMPROVED,
+    "sl-then-improved": IMPROVED | {"sft_fraction": 0.1},
+    "joint": IMPROVED | {"sl_coef": 0.07, "sl_coef_final": 0.0},
+}
+KNOBS = METHODS["joint"].keys() | METHODS["sl-then-rl"].keys()
+# Held-out accuracy in per cent that the post has for its rows, of one seed each; none for plain SL.
+POST = dict(zip(METHODS, (None, 91.26, 18.03, 85.25, 67.76, 91.26, 98.91), strict=False))
+
+
+@dataclass
+class Args:
+    seed: int = 1  # seed of everything random but the split into training and held-out prompts
+    tensorboard: bool = True  # write curves and hyperparameters to runs/
+    method: Literal[("ladder", *METHODS)] = "ladder"  # one row of the ladder, or all of them
+    num_seeds: int = 1  # runs of each row, with seeds --seed, --seed + 1, ...
+    epochs: int = 10_000  # gradient steps, each on all training prompts
+    hidden_dim: int = 64  # hidden units
+
+    # The knobs. None leaves the row's own value; METHODS says which row reads which.
+
+    learning_rate: float | None = None  # step size of Adam (a warm start has SL's own)
+    learning_rate_final: float | None = None  # step size it falls to, on a line, by the last epoch
+    weight_decay: float | None = None  # L2 penalty, in the gradient (a warm start has SL's own)
+    reward: Literal["exact", "distance", "sharp", "square"] | None = None  # what is paid for
+    ent_coef: float | None = None  # bonus for a nat of entropy
+    ent_coef_final: float | None = None  # bonus it falls to, on a line, by the last epoch
+    baseline: Literal["none", "batch-mean", "rloo"] | None = None  # what rewards are compared with
+    samples_per_prompt: int | None = None  # an epoch; 0: one for each right answer, as in the post
+    sft_fraction: float | None = None  # share of the epochs for a warm start: SL with weight decay
+    sl_coef: float | None = None  # weight of the SL loss beside the RL loss
+    sl_coef_final: float | None = None  # weight it falls to, on a line, by the last epoch
+
+
+def check(args, flags, valid, why):
+    """End the program, status 2, with one line if a value is neither None (off) nor valid."""
+    for flag in flags.split():
+        value = getattr(args, flag)
+        if value is not None and not valid(value):
+            print(f"error: --{flag.replace('_', '-')} {value}: {why}", file=sys.stderr)
+            sys.exit(2)
+
+
+def choose_knobs(args, method):
+    """The values of a row's knobs: its own, replaced by the flags that were given."""
+    given = {flag: getattr(args, flag) for flag in METHODS[method]}
+    return METHODS[method] | {flag: value for flag, value in given.items() if value is not None}
+
+
+def check_args(args):
+    for flag in sorted(KNOBS):
+        readers = [method for method in METHODS if flag in METHODS[method]]
+        why = f"--method {args.method} ignores it; it is for {', '.join(readers)}"
+        check(args, flag, lambda v, readers=readers: args.method in readers, why)
+    check(args, "num_seeds epochs hidden_dim", lambda v: v >= 1, "must be 1 or more")
+    check(args, "learning_rate", lambda v: 0 < v < 2**63, "must be above 0, and finite")
+    amounts = "seed learning_rate_final weight_decay ent_coef ent_coef_final samples_per_prompt"
+    amounts += " sl_coef sl_coef_final"
+    check(args, amounts, lambda v: 0 <= v < 2**63, "must be 0 or more, and finite")
+    why = "must be at least 0 and below 1, or no RL is left"
+    check(args, "sft_fraction", lambda v: 0 <= v < 1, why)
+    knobs = choose_knobs(args, args.method) if args.method in METHODS else {}
+    bad = knobs.get("baseline") == "rloo" and knobs["samples_per_prompt"] < 2
+    why = "--baseline rloo needs --samples-per-prompt 2 or more"
+    check(args, "samples_per_prompt baseline", lambda v: not bad, why)
+
+
+# ------------------------------------------------------------------ The task: replace by your own
+TARGET = 20
+
+
+def make_prompts():
+    """The 912 prompts that two digits can complete, split alike whatever the seed: (N, 3) each."""
+    prompts = torch.cartesian_prod(*[torch.arange(10)] * 3)
+    prompts = prompts[(prompts.sum(1) <= TARGET) & (prompts.sum(1) >= TARGET - 18)]
+    prompts = prompts[random.Random(TARGET).sample(range(912), 912)]
+    return prompts[:729], prompts[729:]  # to train on, held out
+
+
+def answer_sums(prompts):
+    """Sum of all five digits for each of the A = 100 answers, divmod(a, 10): (N, 3) to (N, A)."""
+    answers = torch.arange(100)
+    return prompts.sum(1, keepdim=True) + answers // 10 + answers % 10
+
+
+def reward_table(sums, kind):
+    """What is paid for each sum; of the table, the learner sees the answers that it samples.
+
+    off by     0     1     2     5     10     16
+    exact      1     0     0     0     0      0
+    distance   1     0.9   0.8   0.5   0      0
+    sharp      1     0.61  0.37  0.08  0.007  0.000
+    square     1     0.99  0.96  0.75  0      -1.56
+    """
+    miss = (sums - TARGET).abs()
+    near = {"distance": (1 - miss / 10).relu(), "sharp": (-miss / 2).exp()}
+    return (near | {"exact": miss == 0, "square": 1 - (miss / 10) ** 2})[kind].float()
+
+
+# ------------------------------------------------------------------ The policy
+def one_hot(prompts):
+    """Inputs of the network: prompts (N, 3) to (N, 30)."""
+    return F.one_hot(prompts, 10).flatten(1).float()
+
+
+def make_model(hidden_dim):
+    """From inputs (N, 30) to the logits of all answers (N, A)."""
+    return nn.Sequential(nn.Linear(30, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 100))
+
+
+def sample_actions(probs, uniforms):
+    """Answers (N, M) at the given quantiles (N, M) of each prompt's distribution (N, A).
+
+    A cumulative table made once a prompt serves all of its samples. torch.multinomial, with one
+    sample a row, would cost several times as much as the rest of the epoch.
+    """
+    cumulative = probs.cumsum(1)
+    quantiles = uniforms * cumulative[:, -1:]  # the last entry is 1 only up to rounding
+    return torch.searchsorted(cumulative, quantiles, right=True).clamp(max=probs.shape[1] - 1)
+
+
+# ------------------------------------------------------------------ The losses
+# The post trains on rows, one for each right answer to each prompt. Rows of a prompt have the same
+# logits, so 4,500 rows are 729 prompts with weights: the same loss for a sixth of the work.
+
+
+def sample_weights(valid, samples_per_prompt):
+    """Share of each sample in the mean over all, 0 for a slot not in use: (N, A) to (N, M).
+
+    valid is true for right answers. In the post, a prompt is sampled as often as it has right
+    answers (0); but that number is a label of sorts. RL by itself treats all prompts alike.
+    """
+    counts = valid.sum(1, keepdim=True)
+    if samples_per_prompt:
+        counts = torch.full_like(counts, samples_per_prompt)
+    return (torch.arange(counts.max()) < counts) / counts.sum()
+
+
+def compute_advantages(rewards, weights, baseline):
+    """Rewards minus the mean of other samples, which leaves the expected gradient as it is.
+
+    With the sample itself in the mean, the gradient would shrink by (n - 1) / n. All (N, M).
+    """
+    if baseline == "none":
+        return rewards
+    dims = (0, 1) if baseline == "batch-mean" else 1
+    n = (weights > 0).sum(dims, keepdim=True)
+    mean = torch.where(weights > 0, rewards, 0.0).sum(dims, keepdim=True) / n
+    return (rewards - mean) * n / (n - 1)  # the same as: minus the mean of the other n - 1
+
+
+def sl_loss(logprobs, targets):
+    """Cross-entropy over all rows. logprobs, targets: (N, A); targets are shares of the rows."""
+    loss = -(targets * logprobs).sum()
+    return loss, {"sl_loss": loss.detach()}
+
+
+def rl_loss(logprobs, probs, actions, advantages, weights, ent_coef):
+    """REINFORCE with an entropy bonus. logprobs, probs: (N, A). The other tensors: (N, M)."""
+    policy_loss = -(weights * advantages * logprobs.gather(1, actions)).sum()
+    entropy = -(probs * logprobs).sum(1) @ weights.sum(1)
+    metrics = {"policy_loss": policy_loss.detach(), "entropy": entropy.detach()}
+    return policy_loss - ent_coef * entropy, metrics
+
+
+# ------------------------------------------------------------------ Training and evaluation
+def scheduled(knobs, name, progress):
+    """A knob on its line from the first epoch (progress 0) to after the last (progress 1)."""
+    first, final = knobs[name], knobs[name + "_final"]
+    return first if final is None else first + (final - first) * progress
+
+
+def train(model, prompts, knobs, num_epochs):
+    """Train in place, by RL if the knobs have a reward, else by SL; yield metrics each epoch."""
+    inputs, sums = one_hot(prompts), answer_sums(prompts)
+    valid = sums == TARGET  # (N, A)
+    targets = valid / valid.sum()
+    if "reward" in knobs:
+        rewards = reward_table(sums, knobs["reward"])  # (N, A)
+        weights = sample_weights(valid, knobs["samples_per_prompt"])  # (N, M)
+    # Not AdamW: the post's weight decay is part of the gradient. Fused is the same, only faster.
+    decay = knobs["weight_decay"]
+    optimizer = torch.optim.Adam(model.parameters(), weight_decay=decay, fused=True)
+    for epoch in range(num_epochs):
+        progress = epoch / num_epochs
+        optimizer.param_groups[0]["lr"] = scheduled(knobs, "learning_rate", progress)
+        logprobs = model(inputs).log_softmax(1)
+        if "reward" in knobs:
+            probs, ent_coef = logprobs.exp(), scheduled(knobs, "ent_coef", progress)
+            actions = sample_actions(probs.detach(), torch.rand(weights.shape))
+            sampled = rewards.gather(1, actions)
+            advantages = compute_advantages(sampled, weights, knobs["baseline"])
+            loss, metrics = rl_loss(logprobs, probs, actions, advantages, weights, ent_coef)
+            if "sl_coef" in knobs:
+                imitation, more = sl_loss(logprobs, targets)
+                loss = loss + scheduled(knobs, "sl_coef", progress) * imitation
+                metrics |= more
+        else:
+            loss, metrics = sl_loss(logprobs, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        yield metrics
+
+
+@torch.no_grad()
+def greedy_results(model, prompts):
+    """Accuracy and number of distinct greedy answers; cross-entropy with all right answers."""
+    logprobs, valid = model(one_hot(prompts)).log_softmax(1), answer_sums(prompts) == TARGET
+    answers = logprobs.argmax(1, keepdim=True)  # (N, 1)
+    accuracy = valid.gather(1, answers).float().mean().item()
+    cross_entropy = sl_loss(logprobs, valid / valid.sum())[0].item()
+    return {"accuracy": accuracy, "distinct": len(answers.unique()), "cross_entropy": cross_entropy}
+
+
+def print_predictions(model, prompts):
+    """A table of greedy answers to prompts (N, 3)."""
+    print("|   input   | output | sum |       |\n|-----------|--------|-----|-------|")
+    answers = model(one_hot(prompts)).argmax(1)
+    for prompt, answer in zip(prompts.tolist(), answers.tolist(), strict=True):
+        output = [answer // 10, answer % 10]
+        total = sum(prompt + output)
+        print(f"| {prompt} | {output} | {total:3} | {'right' if total == TARGET else 'wrong'} |")
+
+
+def print_results(results):
+    """Means over seeds ± standard deviation; a star marks a figure of the post out of our range."""
+
+    def cell(values):
+        std = f" ± {statistics.stdev(values):4.1f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.1f}{std}".rjust(13)
+
+    heads = ("row", "train %", "held-out %", "range", "distinct", "seconds", "post %")
+    print("\n{:16}{:>13}{:>13}{:>13}{:>13}{:>9}{:>9}".format(*heads))
+    for method, runs in results.items():
+        column = {name: [run[name] for run in runs] for name in runs[0]}
+        train, held_out = ([100 * v for v in column[f"{on}/accuracy"]] for on in ("train", "eval"))
+        low, high, post = min(held_out), max(held_out), POST.get(method)
+        star = "*" if post and len(runs) > 1 and not low <= post <= high else ""
+        line = f"{method:16}{cell(train)}{cell(held_out)}{f'{low:.1f}-{high:.1f}':>13}"
+        seconds = statistics.mean(column["seconds"])
+        print(f"{line}{cell(column['eval/distinct'])}{seconds:9.1f}{post or '-':>9}{star}")
+
+
+def main(args: Args) -> dict[str, float]:
+    """Run one row, or all of them. Returns means over the seeds, by "row/result"."""
+    check_args(args)
+    start = time.perf_counter()
+    torch.set_num_threads(1)  # the tensors are so small that a second thread only costs time
+    train_prompts, held_out = make_prompts()
+    methods = METHODS if args.method == "ladder" else [args.method]
+    runs = [(method, args.seed + i) for method in methods for i in range(args.num_seeds)]
+    print(f"digits_sum20.py: cpu, seed {args.seed}, {len(runs)} runs, {args.hidden_dim} units")
+    if args.tensorboard:
+        name = f"digits_sum20__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}"
+        writer = SummaryWriter(f"runs/{name}")
+        rows = "".join(f"|{flag}|{value}|\n" for flag, value in asdict(args).items())
+        writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{rows}")
+    print("row               seed  epoch   train  held-out  distinct  held-out loss  time left")
+    results, models = {method: [] for method in methods}, {}
+    for number, (method, seed) in enumerate(runs):
+        torch.manual_seed(seed)
+        knobs, model = choose_knobs(args, method), make_model(args.hidden_dim)
+        warm, run_start = round(knobs.get("sft_fraction", 0) * args.epochs), time.perf_counter()
+        # One generator after the other: like the post, RL begins with a new optimizer.
+        steps = chain(
+            train(model, train_prompts, METHODS["sl-weight-decay"], warm),
+            train(model, train_prompts, knobs, args.epochs - warm),
+        )
+        for epoch, losses in enumerate(steps):
+            last = epoch == args.epochs - 1
+            if epoch % max(1, args.epochs // 100) and not last:
+                continue
+            metrics = {f"losses/{name}": value.item() for name, value in losses.items()}
+            if not all(map(math.isfinite, metrics.values())):
+                sys.exit(f"error: {method} diverged by epoch {epoch}; lower --learning-rate")
+            for on, prompts in (("train", train_prompts), ("eval", held_out)):
+                greedy = greedy_results(model, prompts)
+                metrics |= {f"{on}/{name}": value for name, value in greedy.items()}
+            if args.tensorboard:
+                for tag, value in metrics.items():
+                    writer.add_scalar(f"{tag}/{method}-{seed}", value, epoch)
+            if last or (len(runs) == 1 and epoch % max(1, args.epochs // 10) == 0):
+                done = number + (epoch + 1) / args.epochs
+                left = (time.perf_counter() - start) * (len(runs) / done - 1)
+                print(
+                    f"{method:16} {seed:5} {epoch:6} {metrics['train/accuracy']:7.1%}"
+                    f" {metrics['eval/accuracy']:9.1%} {metrics['eval/distinct']:9}"
+                    f" {metrics['eval/cross_entropy']:14.4f}{f'{left:9.0f} s' if epoch else ''}"
+                )
+        results[method].append(metrics | {"seconds": time.perf_counter() - run_start})
+        models[method] = model
+
+    print_results(results)
+    best = max(models, key=lambda method: results[method][-1]["eval/accuracy"])
+    collapsed = min(models, key=lambda method: results[method][-1]["eval/distinct"])
+    for method in dict.fromkeys((best, collapsed)):
+        print(f"\nGreedy answers of {method} to held-out prompts, seed {runs[-1][1]}:")
+        print_predictions(models[method], held_out[:10])
+    if args.tensorboard:
+        writer.close()
+    means = {}
+    for method, rows in results.items():
+        means |= {f"{method}/{k}": statistics.mean(row[k] for row in rows) for k in rows[0]}
+    return means
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
