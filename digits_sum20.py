@@ -71,7 +71,7 @@ POST = dict(zip(METHODS, (None, 91.26, 18.03, 85.25, 67.76, 91.26, 98.91), stric
 @dataclass
 class Args:
     seed: int = 1  # seed of everything random but the split into training and held-out prompts
-    tensorboard: bool = True  # write curves and hyperparameters to runs/
+    tensorboard: bool = True  # write curves and more to runs/, for tensorboard --logdir runs
     method: Literal[("ladder", *METHODS)] = "ladder"  # one row of the ladder, or all of them
     num_seeds: int = 1  # runs of each row, with seeds --seed, --seed + 1, ...
     epochs: int = 10_000  # gradient steps, each on all training prompts

@@ -41,7 +41,7 @@ from torch.utils.tensorboard import SummaryWriter
 class Args:
     seed: int = 1  # seed of everything random but the split into training and held-out prompts
     device: Literal["cpu", "cuda"] = "cpu"  # for the toy's tiny tensors cpu is the faster one
-    tensorboard: bool = True  # write curves, hyperparameters and pictures to runs/
+    tensorboard: bool = True  # write curves and more to runs/, for tensorboard --logdir runs
     save_path: Path | None = None  # file for the final weights and arguments
     sft_steps: int = 100  # supervised steps that make the reference; 0 starts from scratch
     total_episodes: int = 51_200  # responses sampled in all

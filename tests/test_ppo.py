@@ -170,7 +170,7 @@ def test_what_follows_eos_does_not_reach_the_real_tokens():
 
 @pytest.mark.parametrize("kind", ["k1", "k3"])
 def test_kl_estimators_are_unbiased(world, kind):
-    theta, reference, _, mask, scores = world
+    theta, reference, _, mask, _ = world
     logprobs, ref = oracle.token_table(theta).detach(), oracle.token_table(reference)
     mean = (
         logprobs.sum(1).exp() * ppo.masked_sum(ppo.kl_estimate(logprobs, ref, kind), mask)
