@@ -33,7 +33,6 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import nn
-from torch.distributions import Categorical
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -46,7 +45,7 @@ class Args:
     sft_steps: int = 100  # supervised steps that make the reference; 0 starts from scratch
     total_episodes: int = 51_200  # responses sampled in all
     batch_size: int = 256  # responses a rollout
-    learning_rate: float = 1e-3  # step size of AdamW, falling linearly to 0
+    learning_rate: float = 1.2e-3  # step size of AdamW, falling linearly to 0
     max_grad_norm: float = 1.0  # gradients longer than this are scaled down to it
     temperature: float = 1.0  # divides the logits, in sampling and in every log-probability alike
     kl_coef: float = 0.05  # β, the price in reward of a nat of KL(policy ‖ reference) a response
@@ -56,7 +55,7 @@ class Args:
     update_epochs: int = 4  # passes over each rollout
     num_minibatches: int = 4  # gradient steps a pass
     gamma: float = 1.0  # discount a token; 1 is usual, as only the finished response counts
-    gae_lambda: float = 0.9  # λ: 1 trusts the sampled return (no bias), 0 the critic (low variance)
+    gae_lambda: float = 0.95  # λ: 1 trusts sampled returns (no bias), 0 the critic (low variance)
     clip_coef: float = 0.2  # ε: no gain from moving the ratio π/π_old (or a value) further
     dual_clip: float | None = None  # c > 1: bound -c·A on the loss of a token with advantage A < 0
     normalize_advantages: bool = False  # whiten; scales reward against the KL in the loss
@@ -97,6 +96,9 @@ def check_args(args):
     why = f"has the wrong gradient in the {args.kl_in}; there, use {' or '.join(right)}"
     check(args, "kl_estimator", lambda v: v in right, why)
     check(args, "device", lambda v: v == "cpu" or torch.cuda.is_available(), "is not here; use cpu")
+    runs = "runs" if os.path.lexists("runs") else "."
+    usable = os.path.isdir(runs) and os.access(runs, os.W_OK)
+    check(args, "tensorboard", lambda v: usable or not v, "cannot fill runs/; use --no-tensorboard")
     why = "cannot be written; name a file in a folder that exists"
     check(args, "save_path", lambda v: os.access(v.parent, os.W_OK) and not v.is_dir(), why)
 
@@ -320,9 +322,9 @@ def response_distribution(policy, prompts, temperature):
     padded = F.pad(pairs, (0, 1)).repeat(len(prompts), 1)  # what stands third is not read
     states = response_states(policy, prompts.repeat_interleave(len(pairs), 0), padded)
     logprobs = (policy.head(states).double() / temperature).log_softmax(2)
-    logprobs = logprobs.view(len(prompts), len(pairs), -1, VOCAB)  # (N, V², R, V)
-    pair = responses[:, 0] * VOCAB + responses[:, 1]
-    chosen = logprobs[:, pair[:, None], torch.arange(RESPONSE_LENGTH), responses]  # (N, Y, R)
+    logprobs = logprobs.view(len(prompts), len(pairs), RESPONSE_LENGTH, VOCAB)
+    prefix = responses[:, :1] * VOCAB + responses[:, 1:2]  # (Y, 1), row of its pair
+    chosen = logprobs[:, prefix, torch.arange(RESPONSE_LENGTH), responses]  # (N, Y, R)
     return torch.where(response_mask(responses), chosen, 0.0).sum(2)
 
 
@@ -368,6 +370,7 @@ def main(args: Args) -> dict[str, float]:
     check_args(args)
     start, device = time.perf_counter(), args.device
     torch.manual_seed(args.seed)
+    torch.set_num_threads(1)  # for tensors this small a second thread costs more than it brings
     train_prompts, held_out = (prompts.to(device) for prompts in make_prompts())
     policy = GPT().to(device)
     warm_start(policy, *make_demonstrations(train_prompts), args.sft_steps)
@@ -424,7 +427,8 @@ def main(args: Args) -> dict[str, float]:
             if args.target_kl is not None and metrics["approx_kl"] > args.target_kl:
                 break
             vf_loss = value_loss(values, old_v, ret, real, args.clip_coef)
-            entropy = masked_sum(Categorical(logits=logits).entropy(), real).mean()
+            entropy = -(logits.softmax(2) * logits.log_softmax(2)).sum(2)  # (B, R)
+            entropy = masked_sum(entropy, real).mean()
             loss = pg_loss + args.vf_coef * vf_loss - args.ent_coef * entropy
             if args.kl_in == "loss":
                 penalty = kl_estimate(logprobs, ref, args.kl_estimator)

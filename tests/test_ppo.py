@@ -145,7 +145,7 @@ def test_token_logprobs_are_those_of_the_distribution():
 
 
 def test_samples_follow_the_distribution_at_the_temperature():
-    gpt, n = make_gpt(), 60_000
+    gpt, n = make_gpt().float(), 10_000
     gpt.head.bias.data[10] = 1.0  # so that short responses occur often
     torch.manual_seed(0)
     samples = ppo.generate(gpt, torch.tensor([PROMPT]).expand(n, 3), 0.5)
@@ -155,7 +155,7 @@ def test_samples_follow_the_distribution_at_the_temperature():
         counts[real_tokens(y)] += 1
     probs = ppo.response_distribution(gpt, torch.tensor([PROMPT]), 0.5)[0].exp().tolist()
     for y, p in zip(ppo.all_responses().tolist(), probs, strict=True):
-        assert abs(counts[real_tokens(y)] / n - p) < 5 * math.sqrt(p * (1 - p) / n) + 2e-4
+        assert abs(counts[real_tokens(y)] / n - p) < 5 * math.sqrt(p * (1 - p) / n) + 1e-3
 
 
 def test_what_follows_eos_does_not_reach_the_real_tokens():
