@@ -45,7 +45,7 @@ class Args:
     sft_steps: int = 100  # supervised steps that make the reference; 0 starts from scratch
     total_episodes: int = 51_200  # responses sampled in all
     batch_size: int = 256  # responses a rollout
-    learning_rate: float = 1.2e-3  # step size of AdamW, falling linearly to 0
+    learning_rate: float = 2e-3  # step size of AdamW, rising over 5 % of the run, then falling to 0
     max_grad_norm: float = 1.0  # gradients longer than this are scaled down to it
     temperature: float = 1.0  # divides the logits, in sampling and in every log-probability alike
     kl_coef: float = 0.05  # β, the price in reward of a nat of KL(policy ‖ reference) a response
@@ -55,7 +55,7 @@ class Args:
     update_epochs: int = 4  # passes over each rollout
     num_minibatches: int = 4  # gradient steps a pass
     gamma: float = 1.0  # discount a token; 1 is usual, as only the finished response counts
-    gae_lambda: float = 0.95  # λ: 1 trusts sampled returns (no bias), 0 the critic (low variance)
+    gae_lambda: float = 0.6  # λ: 1 trusts sampled returns (no bias), 0 the critic (low variance)
     clip_coef: float = 0.2  # ε: no gain from moving the ratio π/π_old (or a value) further
     dual_clip: float | None = None  # c > 1: bound -c·A on the loss of a token with advantage A < 0
     normalize_advantages: bool = False  # whiten; scales reward against the KL in the loss
@@ -389,7 +389,8 @@ def main(args: Args) -> dict[str, float]:
     writer = SummaryWriter(run) if args.tensorboard else None
     num_rollouts = args.total_episodes // args.batch_size
     for rollout in range(1, num_rollouts + 1):
-        learning_rate = args.learning_rate * (1 - (rollout - 1) / num_rollouts)
+        remaining = 1 - (rollout - 1) / num_rollouts
+        learning_rate = args.learning_rate * min(remaining, 20 * rollout / num_rollouts)
         optimizer.param_groups[0]["lr"] = learning_rate
 
         # Rollout: sample responses, score them, note what policy, critic and reference think.
