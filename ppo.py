@@ -370,7 +370,6 @@ def main(args: Args) -> dict[str, float]:
     check_args(args)
     start, device = time.perf_counter(), args.device
     torch.manual_seed(args.seed)
-    torch.set_num_threads(1)  # for tensors this small a second thread costs more than it brings
     train_prompts, held_out = (prompts.to(device) for prompts in make_prompts())
     policy = GPT().to(device)
     warm_start(policy, *make_demonstrations(train_prompts), args.sft_steps)
