@@ -122,7 +122,11 @@ def brute_force_distribution(gpt, prompt, temperature):
 
 def make_gpt(seed=3):
     torch.manual_seed(seed)
-    return ppo.GPT().double()
+    gpt = ppo.GPT().double()
+    for block in gpt.blocks:  # which are the identity at first, and would hide a mistake
+        torch.nn.init.normal_(block.proj.weight, std=0.2)
+        torch.nn.init.normal_(block.down.weight, std=0.2)
+    return gpt
 
 
 @torch.no_grad()
@@ -142,6 +146,20 @@ def test_token_logprobs_are_those_of_the_distribution():
     logprobs = ppo.token_logprobs(logits, responses)
     total = ppo.masked_sum(logprobs, ppo.response_mask(responses))
     torch.testing.assert_close(total, ppo.response_distribution(gpt, prompts[:1], 0.7)[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("separate", [False, True])
+def test_predictions_are_made_before_each_token_at_the_temperature(separate):
+    gpt, prompts = make_gpt(), torch.tensor([PROMPT])
+    critic = ppo.GPT(outputs=1).double() if separate else torch.nn.Linear(64, 1).double()
+    responses = torch.tensor([[7, 3, 10]])
+    logits, values = ppo.predict(gpt, critic, prompts, responses, 0.7)
+    for t in range(3):
+        tokens = torch.cat([prompts, responses[:, :t]], 1)
+        torch.testing.assert_close(logits[0, t], gpt.head(gpt(tokens))[0, -1] / 0.7)
+        value = critic.head(critic(tokens)) if separate else critic(gpt(tokens))
+        torch.testing.assert_close(values[0, t], value[0, -1, 0])
 
 
 def test_samples_follow_the_distribution_at_the_temperature():

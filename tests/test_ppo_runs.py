@@ -199,6 +199,14 @@ def test_program_in_a_shell(tmp_path):
     assert all(len(events.Scalars(f"eval/{t}")) == 2 for t in evals.split())
 
 
+def test_policy_starts_at_the_reference_at_any_temperature(tmp_path):
+    run(temperature=0.5, tensorboard=True, sft_steps=50)
+    events = EventAccumulator(str(next((tmp_path / "runs").iterdir())))
+    events.Reload()
+    assert events.Scalars("charts/kl")[0].value == 0 and events.Scalars("charts/kl")[1].value != 0
+    assert abs(events.Scalars("losses/ratio_first")[0].value - 1) < 1e-6
+
+
 def test_bad_value_in_a_shell(tmp_path):
     command = [sys.executable, str(ROOT / "ppo.py"), "--num-minibatches", "7"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
