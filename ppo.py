@@ -43,7 +43,7 @@ class Args:
     tensorboard: bool = True  # write curves and more to runs/, for tensorboard --logdir runs
     save_path: Path | None = None  # file for the final weights and arguments
     sft_steps: int = 100  # supervised steps that make the reference; 0 starts from scratch
-    total_episodes: int = 51_200  # responses sampled in all
+    total_episodes: int = 61_440  # responses sampled in all
     batch_size: int = 256  # responses a rollout
     learning_rate: float = 2e-3  # step size of AdamW, rising over 5 % of the run, then falling to 0
     max_grad_norm: float = 1.0  # gradients longer than this are scaled down to it
@@ -68,7 +68,7 @@ class Args:
     kl_in: Literal["reward", "loss"] = "reward"  # where the KL is charged
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # k1 in the reward; k2 or k3 in the loss
     kl_target: float | None = None  # adapt β until KL is this many nats a response
-    kl_horizon: int = 10_000  # episodes in which the adaptive β reacts
+    kl_horizon: int = 1_000  # episodes in which the adaptive β reacts
 
 
 def check(args, flags, valid, why):
