@@ -348,7 +348,8 @@ def main(args: Args) -> dict[str, float]:
     ref_table = response_distribution(reference, held_out, args.temperature)  # (N, Y)
     before = evaluate(ref_table, ref_table, held_out, score, args.kl_coef)
 
-    print(f"grpo.py: {device}, seed {args.seed}, {sum(p.numel() for p in parameters):,} parameters")
+    size = sum(p.numel() for p in parameters)
+    print(f"grpo.py: {device}, seed {args.seed}, {size:,} parameters")
     run = f"runs/grpo__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}"
     writer = SummaryWriter(run) if args.tensorboard else None
     num_rollouts = args.total_episodes // args.batch_size
@@ -363,13 +364,12 @@ def main(args: Args) -> dict[str, float]:
         mask, cut_off = response_mask(responses), (responses != EOS).all(1)  # (B, R), (B,)
         scores = score(prompts, responses)  # (B,)
         with torch.no_grad():
-            logits = policy.head(response_states(policy, prompts, responses))
-            old_logprobs = token_logprobs(logits / args.temperature, responses)
+            logits = policy.head(response_states(policy, prompts, responses)) / args.temperature
+            old_logprobs = token_logprobs(logits, responses)
             ref_logits = reference.head(response_states(reference, prompts, responses))
             ref_logprobs = token_logprobs(ref_logits / args.temperature, responses)
 
-        # Advantages: one a response, for all its tokens. With these at hand, minibatches may part
-        # a group.
+        # Advantages: one for all tokens of a response. After this, minibatches may split a group.
         advantages, stds = group_advantages(scores, args.group_size, args.scale_rewards)
         weights = token_weights(mask, args.loss_type)
 
@@ -384,8 +384,8 @@ def main(args: Args) -> dict[str, float]:
             x, y, real, old, ref, adv, weight = (tensor[rows] for tensor in batch)
             logits = policy.head(response_states(policy, x, y)) / args.temperature
             logprobs = token_logprobs(logits, y)
-            clips = args.clip_coef, clip_high
-            pg_loss, metrics = grpo_loss(logprobs, old, adv, real, weight, args.loss_type, *clips)
+            how = args.loss_type, args.clip_coef, clip_high
+            pg_loss, metrics = grpo_loss(logprobs, old, adv, real, weight, *how)
             kl = kl_loss(logprobs, old, ref, real, weight, args.kl_estimator)
             optimizer.zero_grad()
             (pg_loss + args.kl_coef * kl).backward()
@@ -420,10 +420,8 @@ def main(args: Args) -> dict[str, float]:
     if writer:
         flags = "".join(f"|{flag}|{value}|\n" for flag, value in asdict(args).items())
         writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}")
-        for step, logprobs, metrics in (
-            (0, ref_table, before),
-            (args.total_episodes, table, after),
-        ):
+        points = (0, ref_table, before), (args.total_episodes, table, after)
+        for step, logprobs, metrics in points:
             write(writer, "eval", metrics, step)
             # π(d4, d5) for 8 held-out prompts: d4 downwards, d5 to the right, white is likely.
             maps = logprobs[:8, (all_responses() != EOS).sum(1) == 2].exp().view(-1, 1, 10, 10)

@@ -86,11 +86,12 @@ def check_args(args):
     check(args, "group_size", lambda v: args.batch_size % v == 0, "must divide --batch-size")
     others = {"rloo": args.group_size, "batch-mean": args.batch_size}.get(args.baseline, 2)
     check(args, "baseline", lambda v: others > 1, "needs 2 responses or more to compare")
-    rwr, value = args.objective == "rwr", args.baseline == "value"
+    rwr = args.objective == "rwr"
     ignored = "baseline normalize_advantages" if rwr else "rwr_beta rwr_top_fraction"
-    for flag in f"{ignored} {'' if value else 'vf_coef'}".split():
-        why = f"is not read with --objective {args.objective} --baseline {args.baseline}"
-        check(args, flag, lambda v, default=getattr(Args, flag): v == default, why)
+    ignored += "" if args.baseline == "value" else " vf_coef"
+    why = f"is not read with --objective {args.objective} --baseline {args.baseline}"
+    for flag in ignored.split():
+        check(args, flag, getattr(Args, flag).__eq__, why)
     check(args, "device", lambda v: v == "cpu" or torch.cuda.is_available(), "is not here; use cpu")
     why = "cannot be written; name a file in a folder that exists"
     check(args, "save_path", lambda v: os.access(v.parent, os.W_OK) and not v.is_dir(), why)
@@ -218,17 +219,6 @@ def warm_start(policy, prompts, responses, steps):
 
 
 # ------------------------------------------------------------------ REINFORCE
-def kl_estimate(logprobs, ref_logprobs, kind):
-    """KL(policy ‖ reference) in nats at each token (B, R), from the sampled ones (joschu.net/blog).
-
-    In value k1 and k3 are unbiased. In a loss the gradient counts, which is, for a token with its
-    prefix fixed: E[∇k1] = 0, E[∇k2] = ∇KL(π ‖ π_ref), E[∇k3] = ∇KL(π_ref ‖ π), the other direction.
-    No loss sees that a token decides which prefixes come next; k1 in the reward does, and is right.
-    """
-    d = logprobs - ref_logprobs
-    return {"k1": d, "k2": d**2 / 2, "k3": torch.exp(-d) - 1 + d}[kind]
-
-
 def token_rewards(scores, kl, mask, kl_coef):
     """Rewards (B, R): scores (B,), paid at the last real token, or (B, R), less β times the KL."""
     if scores.dim() == 1:
@@ -346,9 +336,8 @@ def main(args: Args) -> dict[str, float]:
     ref_table = response_distribution(reference, held_out, args.temperature)  # (N, Y)
     before = evaluate(ref_table, ref_table, held_out, score, args.kl_coef)
 
-    print(
-        f"reinforce.py: {device}, seed {args.seed}, {sum(p.numel() for p in parameters):,} parameters"
-    )
+    size = sum(p.numel() for p in parameters)
+    print(f"reinforce.py: {device}, seed {args.seed}, {size:,} parameters")
     run = f"runs/reinforce__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}"
     writer = SummaryWriter(run) if args.tensorboard else None
     num_rollouts = args.total_episodes // args.batch_size
@@ -365,13 +354,12 @@ def main(args: Args) -> dict[str, float]:
         states = response_states(policy, prompts, responses)  # (B, R, D)
         logits, values = policy.head(states) / args.temperature, critic(states).squeeze(2)
         logprobs = token_logprobs(logits, responses)
-        with torch.no_grad():
-            ref_logits = reference.head(response_states(reference, prompts, responses))
-            ref_logprobs = token_logprobs(ref_logits / args.temperature, responses)
+        ref_logits = reference.head(response_states(reference, prompts, responses))
+        ref_logprobs = token_logprobs(ref_logits / args.temperature, responses)
 
         # Advantages: what was earned from each token on, less a baseline. Any baseline leaves the
         # expected gradient as it is, so long as it does not depend on this or a later token.
-        kl = kl_estimate(logprobs.detach(), ref_logprobs, "k1")
+        kl = (logprobs - ref_logprobs).detach()  # k1; here, in the reward, right in gradient too
         rewards = token_rewards(scores, kl, mask, args.kl_coef)
         returns = returns_to_go(rewards, mask, args.gamma)  # (B, R)
         totals = returns[:, 0]  # (B,)
@@ -395,11 +383,9 @@ def main(args: Args) -> dict[str, float]:
         pg_loss = reinforce_loss(logprobs, advantages, mask)
         vf_loss = masked_sum((values - returns) ** 2, mask).mean() / 2
         entropy = masked_sum(Categorical(logits=logits).entropy(), mask).mean()
-        loss = pg_loss - args.ent_coef * entropy
-        if args.baseline == "value":
-            loss = loss + args.vf_coef * vf_loss
+        vf_coef = args.vf_coef if args.baseline == "value" else 0.0
         optimizer.zero_grad()
-        loss.backward()
+        (pg_loss + vf_coef * vf_loss - args.ent_coef * entropy).backward()
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
         if not grad_norm.isfinite():
@@ -426,10 +412,8 @@ def main(args: Args) -> dict[str, float]:
     if writer:
         flags = "".join(f"|{flag}|{value}|\n" for flag, value in asdict(args).items())
         writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}")
-        for step, logprobs, metrics in (
-            (0, ref_table, before),
-            (args.total_episodes, table, after),
-        ):
+        points = (0, ref_table, before), (args.total_episodes, table, after)
+        for step, logprobs, metrics in points:
             write(writer, "eval", metrics, step)
             # π(d4, d5) for 8 held-out prompts: d4 downwards, d5 to the right, white is likely.
             maps = logprobs[:8, (all_responses() != EOS).sum(1) == 2].exp().view(-1, 1, 10, 10)
