@@ -391,7 +391,8 @@ def main(args: Args) -> dict[str, float]:
             (pg_loss + args.kl_coef * kl).backward()
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
-            entropy = masked_sum(Categorical(logits=logits).entropy(), real).mean()
+            choice = Categorical(logits=logits, validate_args=False)  # NaN is reported below
+            entropy = masked_sum(choice.entropy(), real).mean()
             metrics |= {"policy_loss": pg_loss, "kl_loss": kl, "entropy": entropy}
             updates.append({name: value.detach() for name, value in metrics.items()})
         if not updates[-1]["grad_norm"].isfinite():

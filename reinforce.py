@@ -382,7 +382,8 @@ def main(args: Args) -> dict[str, float]:
         # Update: one step, for now the policy is another and the samples are no longer its own.
         pg_loss = reinforce_loss(logprobs, advantages, mask)
         vf_loss = masked_sum((values - returns) ** 2, mask).mean() / 2
-        entropy = masked_sum(Categorical(logits=logits).entropy(), mask).mean()
+        choice = Categorical(logits=logits, validate_args=False)  # NaN is reported below
+        entropy = masked_sum(choice.entropy(), mask).mean()
         vf_coef = args.vf_coef if args.baseline == "value" else 0.0
         optimizer.zero_grad()
         (pg_loss + vf_coef * vf_loss - args.ent_coef * entropy).backward()
