@@ -14,6 +14,7 @@ import torch
 import tyro
 
 import reinforce
+from benchmark import gradient_variance as noise
 
 ROOT = Path(__file__).parent.parent
 PROMPT, OTHER_PROMPT = (4, 3, 3), (5, 5, 4)
@@ -165,6 +166,43 @@ def test_loss_by_loops_and_no_gradient_through_advantages():
         loss.backward()
         torch.testing.assert_close(x.grad, torch.where(mask, -advantages / 4, 0.0))
         assert a.grad is None
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_gradient_noise_of_the_benchmark_by_enumerating_groups(size):
+    world = World()
+    grads = []  # of each response: of its log-probability, once
+    for total in world.logprobs.sum(1):
+        grads.append(torch.autograd.grad(total, world.theta, retain_graph=True)[0].flatten())
+    grads, mean = torch.stack(grads), (world.probs * world.scores).sum()
+    index = torch.cartesian_prod(*[torch.arange(11)] * size)
+    chance, scores = world.probs[index].prod(1), world.scores[index]
+    others = (scores.sum(1, keepdim=True) - scores) / (size - 1)
+    each = (scores - others)[:, :, None] * grads[index]  # (groups, G, parameters)
+    exact = (world.probs * world.scores) @ grads
+    alone = (chance[:, None] * (each - exact).square().sum(2)).sum() / size
+    together = (chance * (each.mean(1) - exact).square().sum(1)).sum() * size
+
+    everything = torch.tensor([[*y, 10, 10][:3] for y in oracle.responses()])
+    mask = reinforce.response_mask(everything)
+    rows = noise.prefix_rows(everything)
+    assert rows[mask].tolist() == [
+        oracle.row(y[:t]) for y in oracle.responses() for t in range(len(y))
+    ]
+    choices = world.theta.detach().log_softmax(1)[rows]
+    variance = (world.probs * world.scores**2).sum() - mean**2
+    given = choices, everything, mask, world.all_scores, mean, variance / (size - 1)
+    second, square = noise.gradient_moments(*given)
+    assert square.item() == pytest.approx(exact.square().sum().item())
+    assert (second - square).item() == pytest.approx(alone.item())
+    assert (second - square + square / (size - 1)).item() == pytest.approx(together.item())
+
+    values = oracle.state_values(world.theta.detach(), world.theta.detach(), world.all_scores, 0.0)
+    probs = oracle.token_table(world.theta.detach()).sum(1).exp()
+    found = noise.prefix_values(probs, everything, mask, world.all_scores)
+    expected = oracle.padded([[values[y[:t]] for t in range(len(y))] for y in oracle.responses()])
+    likely = mask & (probs > 1e-6)[:, None]
+    torch.testing.assert_close(found[likely], expected[likely])
 
 
 # ---------------------------------------------------------------- Reward-weighted regression
@@ -324,7 +362,7 @@ def test_without_a_baseline_nothing_is_explained_and_the_critic_learns(monkeypat
     run(baseline="none")
     assert all(abs(x) < 1e-6 for x in logged(calls, "explained_variance"))
     calls = record(monkeypatch, "write")
-    run(baseline="value", total_episodes=2560, learning_rate=3e-4)
+    run(baseline="value", total_episodes=2560, sft_steps=100, learning_rate=3e-4)
     errors = logged(calls, "value_loss")
     assert sum(errors[-10:]) / 10 < 0.7 * sum(errors[:3]) / 3
 
