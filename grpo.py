@@ -47,7 +47,7 @@ class Args:
     sft_steps: int = 100  # supervised steps that make the reference; 0 starts from scratch
     total_episodes: int = 51_200  # responses sampled in all
     batch_size: int = 256  # responses a rollout
-    learning_rate: float = 1e-3  # step size of AdamW, falling linearly to 0
+    learning_rate: float = 1e-3  # step size of AdamW, rising over 5 % of the run, then falling to 0
     max_grad_norm: float = 1.0  # gradients longer than this are scaled down to it
     temperature: float = 1.0  # divides the logits, in sampling and in every log-probability alike
     kl_coef: float = 0.05  # β, the price in reward of a nat of KL(policy ‖ reference) a response
@@ -354,7 +354,8 @@ def main(args: Args) -> dict[str, float]:
     writer = SummaryWriter(run) if args.tensorboard else None
     num_rollouts = args.total_episodes // args.batch_size
     for rollout in range(1, num_rollouts + 1):
-        learning_rate = args.learning_rate * (1 - (rollout - 1) / num_rollouts)
+        remaining = 1 - (rollout - 1) / num_rollouts
+        learning_rate = args.learning_rate * min(remaining, 20 * rollout / num_rollouts)
         optimizer.param_groups[0]["lr"] = learning_rate
 
         # Rollout: sample responses in groups, score them, note what policy and reference think.
