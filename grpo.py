@@ -34,7 +34,6 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import nn
-from torch.distributions import Categorical
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -42,7 +41,7 @@ from torch.utils.tensorboard import SummaryWriter
 class Args:
     seed: int = 1  # seed of everything random but the split into training and held-out prompts
     device: Literal["cpu", "cuda"] = "cpu"  # for the toy's tiny tensors cpu is the faster one
-    tensorboard: bool = True  # write curves, hyperparameters and pictures to runs/
+    tensorboard: bool = True  # write curves and more to runs/, for tensorboard --logdir runs
     save_path: Path | None = None  # file for the final weights and arguments
     sft_steps: int = 100  # supervised steps that make the reference; 0 starts from scratch
     total_episodes: int = 51_200  # responses sampled in all
@@ -83,6 +82,9 @@ def check_args(args):
     divisors = "group_size num_minibatches"
     check(args, divisors, lambda v: args.batch_size % v == 0, "must divide --batch-size")
     check(args, "device", lambda v: v == "cpu" or torch.cuda.is_available(), "is not here; use cpu")
+    runs = "runs" if os.path.lexists("runs") else "."
+    usable = os.path.isdir(runs) and os.access(runs, os.W_OK)
+    check(args, "tensorboard", lambda v: usable or not v, "cannot fill runs/; use --no-tensorboard")
     why = "cannot be written; name a file in a folder that exists"
     check(args, "save_path", lambda v: os.access(v.parent, os.W_OK) and not v.is_dir(), why)
 
@@ -297,18 +299,17 @@ def response_distribution(policy, prompts, temperature):
     padded = F.pad(pairs, (0, 1)).repeat(len(prompts), 1)  # what stands third is not read
     states = response_states(policy, prompts.repeat_interleave(len(pairs), 0), padded)
     logprobs = (policy.head(states).double() / temperature).log_softmax(2)
-    logprobs = logprobs.view(len(prompts), len(pairs), -1, VOCAB)  # (N, V², R, V)
-    pair = responses[:, 0] * VOCAB + responses[:, 1]
-    chosen = logprobs[:, pair[:, None], torch.arange(RESPONSE_LENGTH), responses]  # (N, Y, R)
+    logprobs = logprobs.view(len(prompts), len(pairs), RESPONSE_LENGTH, VOCAB)
+    prefix = responses[:, :1] * VOCAB + responses[:, 1:2]  # (Y, 1), row of its pair
+    chosen = logprobs[:, prefix, torch.arange(RESPONSE_LENGTH), responses]  # (N, Y, R)
     return torch.where(response_mask(responses), chosen, 0.0).sum(2)
 
 
 def evaluate(logprobs, ref_logprobs, prompts, score, kl_coef):
-    """Exact means over all responses to the prompts; KL and entropy in nats a response.
+    """Exact means over all responses, from their log-probabilities (N, Y); KL, entropy in nats.
 
-    logprobs, ref_logprobs: (N, Y), of policy and reference. score: as in training. No policy beats
-    π* ∝ π_ref · exp(R/β), which attains J* = β · log E_ref[exp(R/β)]; optimality is the share
-    (J - J_ref) / (J* - J_ref), 1 when nothing is left to gain.
+    No policy beats π* ∝ π_ref · exp(R/β), which attains J* = β · log E_ref[exp(R/β)]; optimality
+    is (J - J_ref) / (J* - J_ref), 1 when nothing is left to gain.
     """
     responses = all_responses().to(prompts.device).repeat(len(prompts), 1)  # (N·Y, R)
     pairs = prompts.repeat_interleave(logprobs.shape[1], 0), responses
@@ -337,6 +338,7 @@ def main(args: Args) -> dict[str, float]:
     check_args(args)
     start, device = time.perf_counter(), args.device
     torch.manual_seed(args.seed)
+    torch.set_num_threads(1)  # for tensors this small a second thread costs more than it brings
     train_prompts, held_out = (prompts.to(device) for prompts in make_prompts())
     policy = GPT().to(device)
     warm_start(policy, *make_demonstrations(train_prompts), args.sft_steps)
@@ -348,8 +350,7 @@ def main(args: Args) -> dict[str, float]:
     ref_table = response_distribution(reference, held_out, args.temperature)  # (N, Y)
     before = evaluate(ref_table, ref_table, held_out, score, args.kl_coef)
 
-    size = sum(p.numel() for p in parameters)
-    print(f"grpo.py: {device}, seed {args.seed}, {size:,} parameters")
+    print(f"grpo.py: {device}, seed {args.seed}, {sum(p.numel() for p in parameters):,} parameters")
     run = f"runs/grpo__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}"
     writer = SummaryWriter(run) if args.tensorboard else None
     num_rollouts = args.total_episodes // args.batch_size
@@ -378,11 +379,11 @@ def main(args: Args) -> dict[str, float]:
         # Why is the loss 0? Before the first step each ratio is 1, so the policy loss is minus the
         # mean advantage, and advantages sum to 0 by construction; the KL starts at 0 as well. The
         # gradient is not 0, unless all groups are (groups/frac_zero_std). Watch charts/score.
-        batch = (prompts, responses, mask, old_logprobs, ref_logprobs, advantages, weights)
+        data = prompts, responses, mask, old_logprobs, ref_logprobs, advantages, weights
         epochs = torch.stack([torch.randperm(args.batch_size) for _ in range(args.update_epochs)])
         updates = []
         for rows in epochs.view(-1, args.batch_size // args.num_minibatches):
-            x, y, real, old, ref, adv, weight = (tensor[rows] for tensor in batch)
+            x, y, real, old, ref, adv, weight = (tensor[rows] for tensor in data)
             logits = policy.head(response_states(policy, x, y)) / args.temperature
             logprobs = token_logprobs(logits, y)
             how = args.loss_type, args.clip_coef, clip_high
@@ -392,8 +393,8 @@ def main(args: Args) -> dict[str, float]:
             (pg_loss + args.kl_coef * kl).backward()
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
-            choice = Categorical(logits=logits, validate_args=False)  # NaN is reported below
-            entropy = masked_sum(choice.entropy(), real).mean()
+            entropy = -(logits.softmax(2) * logits.log_softmax(2)).sum(2)  # (B, R)
+            entropy = masked_sum(entropy, real).mean()
             metrics |= {"policy_loss": pg_loss, "kl_loss": kl, "entropy": entropy}
             updates.append({name: value.detach() for name, value in metrics.items()})
         if not updates[-1]["grad_norm"].isfinite():
@@ -406,24 +407,23 @@ def main(args: Args) -> dict[str, float]:
         charts = {"score": scores.mean(), "score_std": scores.std(), "kl": kl}
         charts |= {"response_length": mask.sum(1).float().mean(), "learning_rate": learning_rate}
         charts["kl_coef"] = args.kl_coef
-        done, seconds = rollout / num_rollouts, time.perf_counter() - start
-        speed = rollout * args.batch_size / seconds
+        episodes, seconds = rollout * args.batch_size, time.perf_counter() - start
+        speed, left = episodes / seconds, seconds * (num_rollouts / rollout - 1)
         charts |= {"eos_rate": 1 - cut_off.float().mean(), "episodes_per_second": speed}
-        write(writer, "losses", losses, rollout * args.batch_size)
+        write(writer, "losses", losses, episodes)
         groups = {"reward_std": stds.mean(), "frac_zero_std": (stds == 0).float().mean()}
-        write(writer, "groups", groups, rollout * args.batch_size)
-        write(writer, "charts", charts, rollout * args.batch_size)
+        write(writer, "groups", groups, episodes)
+        write(writer, "charts", charts, episodes)
         if rollout % max(1, num_rollouts // 20) == 0 or rollout == num_rollouts:
-            line = f"{done:4.0%}  score {scores.mean():.3f}  KL {kl:.3f}  {speed:6,.0f} episodes/s"
-            print(f"{line}  {seconds / done - seconds:3.0f} s left")
+            line = f"{rollout / num_rollouts:4.0%}  score {scores.mean():.3f}  KL {kl:.3f}"
+            print(f"{line}  {speed:6,.0f} episodes/s  {left:3.0f} s left")
 
     table = response_distribution(policy, held_out, args.temperature)
     after = evaluate(table, ref_table, held_out, score, args.kl_coef)
     if writer:
         flags = "".join(f"|{flag}|{value}|\n" for flag, value in asdict(args).items())
         writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}")
-        points = (0, ref_table, before), (args.total_episodes, table, after)
-        for step, logprobs, metrics in points:
+        for step, logprobs, metrics in ((0, ref_table, before), (episodes, table, after)):
             write(writer, "eval", metrics, step)
             # π(d4, d5) for 8 held-out prompts: d4 downwards, d5 to the right, white is likely.
             maps = logprobs[:8, (all_responses() != EOS).sum(1) == 2].exp().view(-1, 1, 10, 10)

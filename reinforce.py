@@ -35,7 +35,6 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import nn
-from torch.distributions import Categorical
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -43,7 +42,7 @@ from torch.utils.tensorboard import SummaryWriter
 class Args:
     seed: int = 1  # seed of everything random but the split into training and held-out prompts
     device: Literal["cpu", "cuda"] = "cpu"  # for the toy's tiny tensors cpu is the faster one
-    tensorboard: bool = True  # write curves, hyperparameters and pictures to runs/
+    tensorboard: bool = True  # write curves and more to runs/, for tensorboard --logdir runs
     save_path: Path | None = None  # file for the final weights and arguments
     sft_steps: int = 100  # supervised steps that make the reference; 0 starts from scratch
     total_episodes: int = 51_200  # responses sampled in all
@@ -93,6 +92,9 @@ def check_args(args):
     for flag in ignored.split():
         check(args, flag, getattr(Args, flag).__eq__, why)
     check(args, "device", lambda v: v == "cpu" or torch.cuda.is_available(), "is not here; use cpu")
+    runs = "runs" if os.path.lexists("runs") else "."
+    usable = os.path.isdir(runs) and os.access(runs, os.W_OK)
+    check(args, "tensorboard", lambda v: usable or not v, "cannot fill runs/; use --no-tensorboard")
     why = "cannot be written; name a file in a folder that exists"
     check(args, "save_path", lambda v: os.access(v.parent, os.W_OK) and not v.is_dir(), why)
 
@@ -283,18 +285,17 @@ def response_distribution(policy, prompts, temperature):
     padded = F.pad(pairs, (0, 1)).repeat(len(prompts), 1)  # what stands third is not read
     states = response_states(policy, prompts.repeat_interleave(len(pairs), 0), padded)
     logprobs = (policy.head(states).double() / temperature).log_softmax(2)
-    logprobs = logprobs.view(len(prompts), len(pairs), -1, VOCAB)  # (N, V², R, V)
-    pair = responses[:, 0] * VOCAB + responses[:, 1]
-    chosen = logprobs[:, pair[:, None], torch.arange(RESPONSE_LENGTH), responses]  # (N, Y, R)
+    logprobs = logprobs.view(len(prompts), len(pairs), RESPONSE_LENGTH, VOCAB)
+    prefix = responses[:, :1] * VOCAB + responses[:, 1:2]  # (Y, 1), row of its pair
+    chosen = logprobs[:, prefix, torch.arange(RESPONSE_LENGTH), responses]  # (N, Y, R)
     return torch.where(response_mask(responses), chosen, 0.0).sum(2)
 
 
 def evaluate(logprobs, ref_logprobs, prompts, score, kl_coef):
-    """Exact means over all responses to the prompts; KL and entropy in nats a response.
+    """Exact means over all responses, from their log-probabilities (N, Y); KL, entropy in nats.
 
-    logprobs, ref_logprobs: (N, Y), of policy and reference. score: as in training. No policy beats
-    π* ∝ π_ref · exp(R/β), which attains J* = β · log E_ref[exp(R/β)]; optimality is the share
-    (J - J_ref) / (J* - J_ref), 1 when nothing is left to gain.
+    No policy beats π* ∝ π_ref · exp(R/β), which attains J* = β · log E_ref[exp(R/β)]; optimality
+    is (J - J_ref) / (J* - J_ref), 1 when nothing is left to gain.
     """
     responses = all_responses().to(prompts.device).repeat(len(prompts), 1)  # (N·Y, R)
     pairs = prompts.repeat_interleave(logprobs.shape[1], 0), responses
@@ -323,6 +324,7 @@ def main(args: Args) -> dict[str, float]:
     check_args(args)
     start, device = time.perf_counter(), args.device
     torch.manual_seed(args.seed)
+    torch.set_num_threads(1)  # for tensors this small a second thread costs more than it brings
     train_prompts, held_out = (prompts.to(device) for prompts in make_prompts())
     policy = GPT().to(device)
     warm_start(policy, *make_demonstrations(train_prompts), args.sft_steps)
@@ -383,8 +385,8 @@ def main(args: Args) -> dict[str, float]:
         # Update: one step, for now the policy is another and the samples are no longer its own.
         pg_loss = reinforce_loss(logprobs, advantages, mask)
         vf_loss = masked_sum((values - returns) ** 2, mask).mean() / 2
-        choice = Categorical(logits=logits, validate_args=False)  # NaN is reported below
-        entropy = masked_sum(choice.entropy(), mask).mean()
+        entropy = -(logits.softmax(2) * logits.log_softmax(2)).sum(2)  # (B, R)
+        entropy = masked_sum(entropy, mask).mean()
         vf_coef = args.vf_coef if args.baseline == "value" else 0.0
         optimizer.zero_grad()
         (pg_loss + vf_coef * vf_loss - args.ent_coef * entropy).backward()
@@ -400,22 +402,21 @@ def main(args: Args) -> dict[str, float]:
         charts = {"score": scores.mean(), "score_std": scores.std(), "kl": kl}
         charts |= {"response_length": mask.sum(1).float().mean(), "learning_rate": learning_rate}
         charts["kl_coef"] = args.kl_coef
-        done, seconds = rollout / num_rollouts, time.perf_counter() - start
-        speed = rollout * args.batch_size / seconds
+        episodes, seconds = rollout * args.batch_size, time.perf_counter() - start
+        speed, left = episodes / seconds, seconds * (num_rollouts / rollout - 1)
         charts |= {"eos_rate": 1 - cut_off.float().mean(), "episodes_per_second": speed}
-        write(writer, "losses", losses, rollout * args.batch_size)
-        write(writer, "charts", charts, rollout * args.batch_size)
+        write(writer, "losses", losses, episodes)
+        write(writer, "charts", charts, episodes)
         if rollout % max(1, num_rollouts // 20) == 0 or rollout == num_rollouts:
-            line = f"{done:4.0%}  score {scores.mean():.3f}  KL {kl:.3f}  {speed:6,.0f} episodes/s"
-            print(f"{line}  {seconds / done - seconds:3.0f} s left")
+            line = f"{rollout / num_rollouts:4.0%}  score {scores.mean():.3f}  KL {kl:.3f}"
+            print(f"{line}  {speed:6,.0f} episodes/s  {left:3.0f} s left")
 
     table = response_distribution(policy, held_out, args.temperature)
     after = evaluate(table, ref_table, held_out, score, args.kl_coef)
     if writer:
         flags = "".join(f"|{flag}|{value}|\n" for flag, value in asdict(args).items())
         writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}")
-        points = (0, ref_table, before), (args.total_episodes, table, after)
-        for step, logprobs, metrics in points:
+        for step, logprobs, metrics in ((0, ref_table, before), (episodes, table, after)):
             write(writer, "eval", metrics, step)
             # π(d4, d5) for 8 held-out prompts: d4 downwards, d5 to the right, white is likely.
             maps = logprobs[:8, (all_responses() != EOS).sum(1) == 2].exp().view(-1, 1, 10, 10)
