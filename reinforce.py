@@ -252,8 +252,8 @@ def mean_of_others(totals, group_size):
 def rwr_weights(totals, beta, top_fraction):
     """Weights (B,) that sum to 1: softmax of return / beta over the best of the rollout, ties kept.
 
-    Without clipping the best, an exact fit makes π_new ∝ π · exp(return / beta). Its fixed point,
-    the KL being part of the return, is the maximum of J, whatever the temperature beta.
+    With all of it kept, the best fit is π_new ∝ π · exp(return / beta). As the KL is part of the
+    return, only the maximum of J is a fixed point, whatever beta.
     """
     kept = math.ceil(top_fraction * len(totals))
     worst = totals.topk(kept).values[-1]

@@ -393,11 +393,26 @@ def test_kl_by_loops_weighed_as_the_policy_loss(kind, loss_type):
 # ---------------------------------------------------------------- The program
 
 
+WARM = {}  # policies and states of the generator after a warm start, by seed and steps
+warm_start = grpo.warm_start
+
+
+def warm_start_once(policy, prompts, responses, steps):
+    """The script's own warm start, remembered: the same weights, the same random numbers after."""
+    key = torch.initial_seed(), steps
+    if key not in WARM:
+        warm_start(policy, prompts, responses, steps)
+        WARM[key] = copy.deepcopy(policy.state_dict()), torch.get_rng_state()
+    policy.load_state_dict(WARM[key][0])
+    torch.set_rng_state(WARM[key][1])
+
+
 @pytest.fixture(autouse=True)
-def few_held_out_prompts(monkeypatch, tmp_path):
-    """Evaluate on 10 prompts, in an empty folder."""
+def short_runs(monkeypatch, tmp_path):
+    """Evaluate on 5 prompts, in an empty folder."""
     train, held_out = grpo.make_prompts()
-    monkeypatch.setattr(grpo, "make_prompts", lambda: (train, held_out[:10]))
+    monkeypatch.setattr(grpo, "make_prompts", lambda: (train, held_out[:5]))
+    monkeypatch.setattr(grpo, "warm_start", warm_start_once)
     monkeypatch.chdir(tmp_path)
 
 
@@ -406,15 +421,6 @@ def run(**flags):
     defaults = {"batch_size": 64, "total_episodes": 128, "sft_steps": 20, "tensorboard": False}
     result = grpo.main(grpo.Args(**(defaults | {"num_minibatches": 2} | flags)))
     return {name: value for name, value in result.items() if name != "seconds"}
-
-
-@pytest.fixture(scope="module")
-def default_result():
-    """Computed once: what run() returns with no flags."""
-    train, held_out = grpo.make_prompts()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpo, "make_prompts", lambda: (train, held_out[:10]))
-        return run()
 
 
 def record(monkeypatch, *names):
@@ -514,21 +520,23 @@ def test_groups_of_one_leave_the_policy_where_it_is(loss_type):
 
 
 def test_kl_coefficient_holds_the_policy_back():
-    flags = {"total_episodes": 1920, "learning_rate": 3e-4}
+    flags = {"total_episodes": 960, "learning_rate": 5e-4}
     assert run(kl_coef=2.0, **flags)["kl"] < 0.5 * run(**flags)["kl"]
 
 
 def test_success_rises_from_the_warm_start():
-    result = grpo.main(grpo.Args(total_episodes=12_800, tensorboard=False))
+    result = grpo.main(grpo.Args(total_episodes=7_680, learning_rate=1e-3, tensorboard=False))
     assert 0.4 < result["success_before"] < 0.8
     assert result["success"] > result["success_before"] + 0.1
-    assert 0.3 < result["optimality"] <= 1
+    assert 0.2 < result["optimality"] <= 1
     assert result["objective"] == pytest.approx(result["score"] - 0.05 * result["kl"])
 
 
-def test_same_seed_same_result_other_seed_another(default_result):
-    assert run() == default_result
-    assert run(seed=2) != default_result
+def test_same_seed_same_result_other_seed_another(monkeypatch):
+    first = run()
+    monkeypatch.setattr(grpo, "warm_start", warm_start)
+    assert run() == first
+    assert run(seed=2) != first
 
 
 CHOICES = [
@@ -554,14 +562,14 @@ CHOICES = [
 ]
 
 
-def test_every_flag_and_choice_changes_the_outcome(default_result):
-    results = [default_result, *[run(**flags) for flags in CHOICES]]
+def test_every_flag_and_choice_changes_the_outcome():
+    results = [run(), *[run(**flags) for flags in CHOICES]]
     assert all(math.isfinite(value) for result in results for value in result.values())
     assert len({result["entropy"] for result in results}) == len(results)
 
 
 def test_every_loss_type_trains_to_another_policy():
-    flags = {"total_episodes": 512, "learning_rate": 1e-3, "clip_coef": 0.05, "sft_steps": 60}
+    flags = {"clip_coef": 0.05, "sft_steps": 10, "reward": "distance"}
     results = [run(loss_type=kind, **flags)["entropy"] for kind in LOSS_TYPES]
     assert len(set(results)) == 5 and all(map(math.isfinite, results))
 
@@ -609,7 +617,7 @@ def test_bad_words_are_refused_by_the_parser(words):
 
 def test_program_in_a_shell(tmp_path):
     """The real command: header, progress, verdict; events and a saved model that loads safely."""
-    words = "--total-episodes 1024 --batch-size 64 --sft-steps 20 --save-path model.pt".split()
+    words = "--total-episodes 640 --batch-size 64 --sft-steps 20 --save-path model.pt".split()
     command = [sys.executable, str(ROOT / "grpo.py"), *words]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     lines = done.stdout.splitlines()
