@@ -11,7 +11,7 @@ The task: given three digits, write two more and EOS, so that all five sum to 20
 fitted to demonstrations, frozen as the reference, then tuned. All its responses can be enumerated,
 so the evaluation is exact and knows the best attainable J. To adapt it, replace task and policy.
 
-    python reinforce.py                    # held-out success 0.6 -> 0.99 in 20 s on two CPU cores
+    python reinforce.py                    # held-out success 0.6 -> 0.98 in 20 s on two CPU cores
     python reinforce.py --baseline none    # the same gradient with more noise; see --help
 """
 
@@ -45,9 +45,9 @@ class Args:
     tensorboard: bool = True  # write curves and more to runs/, for tensorboard --logdir runs
     save_path: Path | None = None  # file for the final weights and arguments
     sft_steps: int = 100  # supervised steps that make the reference; 0 starts from scratch
-    total_episodes: int = 51_200  # responses sampled in all
+    total_episodes: int = 122_880  # responses sampled in all
     batch_size: int = 256  # responses a rollout
-    learning_rate: float = 1e-3  # step size of AdamW, rising over 5 % of the run, then falling to 0
+    learning_rate: float = 3e-3  # step size of AdamW, rising over 5 % of the run, then falling to 0
     max_grad_norm: float = 1.0  # gradients longer than this are scaled down to it
     temperature: float = 1.0  # divides the logits, in sampling and in every log-probability alike
     kl_coef: float = 0.05  # β, the price in reward of a nat of KL(policy ‖ reference) a response
