@@ -542,9 +542,9 @@ def test_same_seed_same_result_other_seed_another(monkeypatch):
 CHOICES = [
     {"reward": "sharp"},
     {"reward": "distance"},
-    {"group_size": 4},
+    {"group_size": 8},
     {"group_size": 1},
-    {"update_epochs": 1},
+    {"update_epochs": 2},
     {"num_minibatches": 1},
     {"scale_rewards": "group"},
     {"scale_rewards": "batch"},
