@@ -119,3 +119,75 @@ def clipped_objective(ratio, advantage, clip_coef, dual_clip=None):
     if dual_clip is not None and advantage < 0:
         value = max(value, dual_clip * advantage)
     return value
+
+
+def narrow(logits):
+    """The table with all but a few tokens made impossible, so that groups can be enumerated."""
+    allowed = torch.full_like(logits, -60.0)
+    for prefix in [(), *[(a,) for a in range(10)], *itertools.product(range(10), repeat=2)]:
+        tokens = [(2, 7, EOS), (3, 8, EOS), (5, EOS)][len(prefix)]
+        allowed[row(prefix), list(tokens)] = 0.0
+    return logits + allowed
+
+
+def narrow_responses():
+    """The 11 responses that a narrow policy can write."""
+    short = [(EOS,), (2, EOS), (7, EOS)]
+    return short + list(itertools.product((2, 7), (3, 8), (5, EOS)))
+
+
+def discounted(rewards, gamma):
+    """Return from each token on, from the definition."""
+    n = len(rewards)
+    return [sum(gamma ** (k - t) * rewards[k] for k in range(t, n)) for t in range(n)]
+
+
+def mean_without(values, size, i):
+    """Mean of the members of i's group of the given size but i itself; 0 if it is alone."""
+    start = i - i % size
+    others = [values[j] for j in range(start, start + size) if j != i]
+    return sum(others) / len(others) if others else 0.0
+
+
+def rwr_weights(totals, beta, fraction):
+    """exp(total / beta), normalised, over those no worse than the last of the best fraction."""
+    bar = sorted(totals, reverse=True)[math.ceil(fraction * len(totals)) - 1]
+    weights = [math.exp(x / beta) if x >= bar else 0.0 for x in totals]
+    return [w / sum(weights) for w in weights]
+
+
+def deviation(values):
+    """Standard deviation over N."""
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((x - mean) ** 2 for x in values) / len(values))
+
+
+def group_advantages(scores, size, scale):
+    """Score less the group's mean, over the deviation asked for; 0 where there is none."""
+    advantages = []
+    for i in range(0, len(scores), size):
+        group = scores[i : i + size]
+        by = {"none": 1.0, "group": deviation(group), "batch": deviation(scores)}[scale]
+        advantages += [(x - sum(group) / size) / by if deviation(group) else 0.0 for x in group]
+    return advantages
+
+
+def grpo_loss(new, old, advantages, loss_type, low, high, longest):
+    """Each paper's loss for responses given as lists of log-probabilities of unequal length."""
+    terms = []  # one list of token terms a response
+    for n, o, a in zip(new, old, advantages, strict=True):
+        ratios = [(x - y).exp() for x, y in zip(n, o, strict=True)]
+        if loss_type == "gspo":
+            s = math.prod(ratios) ** (1 / len(ratios))
+            terms.append([torch.min(s * a, s.clamp(1 - low, 1 + high) * a)])
+        elif loss_type == "cispo":
+            weights = [min(r.item(), 1 + high) for r in ratios]
+            terms.append([w * a * x for w, x in zip(weights, n, strict=True)])
+        else:
+            terms.append([torch.min(r * a, r.clamp(1 - low, 1 + high) * a) for r in ratios])
+    sums = [sum(t) for t in terms]
+    if loss_type in ("grpo", "gspo"):
+        return -sum(s / len(t) for s, t in zip(sums, terms, strict=True)) / len(sums)
+    if loss_type == "dr-grpo":
+        return -sum(sums) / (len(sums) * longest)
+    return -sum(sums) / sum(len(t) for t in terms)
