@@ -338,7 +338,6 @@ def main(args: Args) -> dict[str, float]:
     check_args(args)
     start, device = time.perf_counter(), args.device
     torch.manual_seed(args.seed)
-    torch.set_num_threads(1)  # for tensors this small a second thread costs more than it brings
     train_prompts, held_out = (prompts.to(device) for prompts in make_prompts())
     policy = GPT().to(device)
     warm_start(policy, *make_demonstrations(train_prompts), args.sft_steps)
@@ -353,7 +352,7 @@ def main(args: Args) -> dict[str, float]:
     print(f"grpo.py: {device}, seed {args.seed}, {sum(p.numel() for p in parameters):,} parameters")
     run = f"runs/grpo__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}"
     writer = SummaryWriter(run) if args.tensorboard else None
-    num_rollouts = args.total_episodes // args.batch_size
+    num_rollouts, begin = args.total_episodes // args.batch_size, time.perf_counter()
     for rollout in range(1, num_rollouts + 1):
         remaining = 1 - (rollout - 1) / num_rollouts
         learning_rate = args.learning_rate * min(remaining, 20 * rollout / num_rollouts)
@@ -407,7 +406,7 @@ def main(args: Args) -> dict[str, float]:
         charts = {"score": scores.mean(), "score_std": scores.std(), "kl": kl}
         charts |= {"response_length": mask.sum(1).float().mean(), "learning_rate": learning_rate}
         charts["kl_coef"] = args.kl_coef
-        episodes, seconds = rollout * args.batch_size, time.perf_counter() - start
+        episodes, seconds = rollout * args.batch_size, time.perf_counter() - begin
         speed, left = episodes / seconds, seconds * (num_rollouts / rollout - 1)
         charts |= {"eos_rate": 1 - cut_off.float().mean(), "episodes_per_second": speed}
         write(writer, "losses", losses, episodes)
@@ -423,12 +422,12 @@ def main(args: Args) -> dict[str, float]:
     if writer:
         flags = "".join(f"|{flag}|{value}|\n" for flag, value in asdict(args).items())
         writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}")
-        for step, logprobs, metrics in ((0, ref_table, before), (episodes, table, after)):
-            write(writer, "eval", metrics, step)
-            # π(d4, d5) for 8 held-out prompts: d4 downwards, d5 to the right, white is likely.
-            maps = logprobs[:8, (all_responses() != EOS).sum(1) == 2].exp().view(-1, 1, 10, 10)
-            maps = maps.sqrt().repeat_interleave(9, 2).repeat_interleave(9, 3)
-            writer.add_images("policy", maps, step)
+        write(writer, "eval", before, 0)
+        write(writer, "eval", after, episodes)
+        # π(d4, d5) for 8 held-out prompts, above before, below after: d4 down, d5 right.
+        maps = torch.stack([ref_table, table])[:, :8, (all_responses() != EOS).sum(1) == 2].exp()
+        maps = maps.view(-1, 1, 10, 10).sqrt().repeat_interleave(9, 2).repeat_interleave(9, 3)
+        writer.add_images("policy", F.pad(maps, (2, 2, 2, 2), value=0.5), episodes)
         writer.close()
     if args.save_path is not None:  # whole or not at all
         part = args.save_path.with_name(args.save_path.name + ".part")

@@ -68,7 +68,7 @@ class Args:
     kl_in: Literal["reward", "loss"] = "reward"  # where the KL is charged
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # k1 in the reward; k2 or k3 in the loss
     kl_target: float | None = None  # adapt β until KL is this many nats a response
-    kl_horizon: int = 1_000  # episodes in which the adaptive β reacts
+    kl_horizon: int = 2_000  # episodes in which the adaptive β reacts
 
 
 def check(args, flags, valid, why):
