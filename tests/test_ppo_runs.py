@@ -246,3 +246,66 @@ def test_early_stop_ends_the_updates(monkeypatch):
     steps.clear()
     run(update_epochs=4, num_minibatches=4, target_kl=1e-9)
     assert len(steps) == 2  # the first step moves the policy, the second is not taken
+
+
+def spy(monkeypatch, name):
+    """Record the arguments and the result of every call of a function of ppo.py."""
+    calls, function = [], getattr(ppo, name)
+
+    def recorder(*arguments):
+        calls.append((arguments, function(*arguments)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(ppo, name, recorder)
+    return calls
+
+
+def test_the_kl_is_charged_once(monkeypatch):
+    calls = spy(monkeypatch, "token_rewards")
+    run()
+    assert {arguments[3] for arguments, _ in calls} == {0.05}
+    calls.clear()
+    light, heavy = (run(kl_in="loss", kl_estimator="k2", kl_coef=beta) for beta in (0.01, 5.0))
+    assert {arguments[3] for arguments, _ in calls} == {0.0}
+    assert heavy["kl"] < light["kl"]
+
+
+def test_an_entropy_bonus_raises_the_entropy(default_result):
+    assert run(ent_coef=5.0)["entropy"] > default_result["entropy"] + 0.01
+
+
+def test_only_responses_without_eos_pay_the_penalty(monkeypatch):
+    sampled, rewarded = spy(monkeypatch, "generate"), spy(monkeypatch, "compute_gae")
+    run(missing_eos_penalty=7.0, sft_steps=0, kl_coef=0.0)
+    for (_, responses), ((rewards, *_), _) in zip(sampled, rewarded, strict=True):
+        cut_off = (responses != ppo.EOS).all(1)
+        assert 0 < cut_off.sum() < len(cut_off)
+        assert (rewards[cut_off].sum(1) == -7).all() and (rewards[~cut_off] >= 0).all()
+
+
+def test_returns_are_those_before_whitening(monkeypatch):
+    made, used = spy(monkeypatch, "compute_gae"), spy(monkeypatch, "value_loss")
+    weighed = spy(monkeypatch, "policy_loss")
+    run(normalize_advantages=True, num_minibatches=1, update_epochs=1)
+    for (_, (advantages, returns)), (arguments, _), (other, _) in zip(
+        made, used, weighed, strict=True
+    ):
+        assert torch.equal(arguments[2].sort(0).values, returns.sort(0).values)
+        assert abs(other[2][other[3]].mean()) < 1e-6 and advantages.abs().sum() > 0
+
+
+def test_training_prompts_are_what_is_trained_on(monkeypatch):
+    train, _ = ppo.make_prompts()
+    calls = spy(monkeypatch, "generate")
+    run(batch_size=512, total_episodes=1024)
+    known = {tuple(prompt) for prompt in train.tolist()}
+    assert {tuple(prompt) for (_, prompts, _), _ in calls for prompt in prompts.tolist()} <= known
+
+
+def test_the_learning_rate_rises_then_falls(tmp_path):
+    run(tensorboard=True, batch_size=16, total_episodes=640, num_minibatches=1, update_epochs=1)
+    events = EventAccumulator(str(next((tmp_path / "runs").iterdir())))
+    events.Reload()
+    rates = [event.value / 2e-3 for event in events.Scalars("charts/learning_rate")]
+    assert rates[0] == pytest.approx(0.5) and rates[-1] == pytest.approx(1 / 40)
+    assert max(rates) == rates[1] == pytest.approx(39 / 40)
