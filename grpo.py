@@ -78,9 +78,10 @@ def check_args(args):
     check(args, positive, lambda v: 0 < v < 2**63, "must be above 0, and finite")
     amounts = "seed sft_steps kl_coef"
     check(args, amounts, lambda v: 0 <= v < 2**63, "must be 0 or more, and finite")
-    check(args, "total_episodes", lambda v: v >= args.batch_size, "is less than one --batch-size")
+    size = args.batch_size
+    check(args, "total_episodes", lambda v: v >= size, f"is less than one --batch-size {size}")
     divisors = "group_size num_minibatches"
-    check(args, divisors, lambda v: args.batch_size % v == 0, "must divide --batch-size")
+    check(args, divisors, lambda v: size % v == 0, f"must divide --batch-size {size}")
     check(args, "device", lambda v: v == "cpu" or torch.cuda.is_available(), "is not here; use cpu")
     runs = "runs" if os.path.lexists("runs") else "."
     usable = os.path.isdir(runs) and os.access(runs, os.W_OK)

@@ -89,8 +89,9 @@ def check_args(args):
     check(args, amounts, lambda v: 0 <= v < 2**63, "must be 0 or more, and finite")
     check(args, "gamma gae_lambda", lambda v: 0 <= v <= 1, "must be between 0 and 1")
     check(args, "dual_clip", lambda v: 1 < v < 2**63, "must be above 1, and finite")
-    check(args, "total_episodes", lambda v: v >= args.batch_size, "is less than one --batch-size")
-    check(args, "num_minibatches", lambda v: args.batch_size % v == 0, "must divide --batch-size")
+    size = args.batch_size
+    check(args, "total_episodes", lambda v: v >= size, f"is less than one --batch-size {size}")
+    check(args, "num_minibatches", lambda v: size % v == 0, f"must divide --batch-size {size}")
     check(args, "kl_target", lambda v: args.kl_coef > 0, "cannot adapt --kl-coef 0; start above 0")
     right = ["k1"] if args.kl_in == "reward" else ["k2", "k3"]
     why = f"has the wrong gradient in the {args.kl_in}; there, use {' or '.join(right)}"

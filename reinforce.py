@@ -81,8 +81,9 @@ def check_args(args):
     amounts = "seed sft_steps kl_coef vf_coef ent_coef"
     check(args, amounts, lambda v: 0 <= v < 2**63, "must be 0 or more, and finite")
     check(args, "gamma rwr_top_fraction", lambda v: 0 <= v <= 1, "must be between 0 and 1")
-    check(args, "total_episodes", lambda v: v >= args.batch_size, "is less than one --batch-size")
-    check(args, "group_size", lambda v: args.batch_size % v == 0, "must divide --batch-size")
+    size = args.batch_size
+    check(args, "total_episodes", lambda v: v >= size, f"is less than one --batch-size {size}")
+    check(args, "group_size", lambda v: size % v == 0, f"must divide --batch-size {size}")
     others = {"rloo": args.group_size, "batch-mean": args.batch_size}.get(args.baseline, 2)
     check(args, "baseline", lambda v: others > 1, "needs 2 responses or more to compare")
     rwr = args.objective == "rwr"
