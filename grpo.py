@@ -350,8 +350,9 @@ def main(args: Args) -> dict[str, float]:
     ref_table = response_distribution(reference, held_out, args.temperature)  # (N, Y)
     before = evaluate(ref_table, ref_table, held_out, score, args.kl_coef)
 
-    print(f"grpo.py: {device}, seed {args.seed}, {sum(p.numel() for p in parameters):,} parameters")
-    run = f"runs/grpo__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}"
+    script, size = Path(__file__).stem, sum(p.numel() for p in parameters)
+    print(f"{script}.py: {device}, seed {args.seed}, {size:,} parameters")
+    run = f"runs/{script}__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}"
     writer = SummaryWriter(run) if args.tensorboard else None
     num_rollouts, begin = args.total_episodes // args.batch_size, time.perf_counter()
     for rollout in range(1, num_rollouts + 1):
@@ -359,7 +360,7 @@ def main(args: Args) -> dict[str, float]:
         learning_rate = args.learning_rate * min(remaining, 20 * rollout / num_rollouts)
         optimizer.param_groups[0]["lr"] = learning_rate
 
-        # Rollout: sample responses in groups, score them, note what policy and reference think.
+        # Rollout: sample responses, score them, note what the models think of them.
         prompts = torch.randint(len(train_prompts), (args.batch_size // args.group_size,))
         prompts = train_prompts[prompts].repeat_interleave(args.group_size, 0)  # (B, P)
         responses = generate(policy, prompts, args.temperature)  # (B, R)
@@ -433,7 +434,7 @@ def main(args: Args) -> dict[str, float]:
     if args.save_path is not None:  # whole or not at all
         part = args.save_path.with_name(args.save_path.name + ".part")
         flags = {flag: str(value) for flag, value in asdict(args).items()}
-        torch.save({"script": "grpo.py", "args": flags, "policy": policy.state_dict()}, part)
+        torch.save({"script": f"{script}.py", "args": flags, "policy": policy.state_dict()}, part)
         os.replace(part, args.save_path)
     seconds = time.perf_counter() - start
     success = f"held-out success {before['success']:.3f} -> {after['success']:.3f}"

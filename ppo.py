@@ -58,7 +58,7 @@ class Args:
     gae_lambda: float = 0.6  # λ: 1 trusts sampled returns (no bias), 0 the critic (low variance)
     clip_coef: float = 0.2  # ε: no gain from moving the ratio π/π_old (or a value) further
     dual_clip: float | None = None  # c > 1: bound -c·A on the loss of a token with advantage A < 0
-    normalize_advantages: bool = False  # whiten; scales reward against the KL in the loss
+    normalize_advantages: bool = False  # whiten, which scales reward against any KL in the loss
     advantage_clip: float | None = None  # bound on advantages, after whitening
     whiten_rewards: bool = False  # divide rewards by their standard deviation, keep their mean
     target_kl: float | None = None  # end a rollout's updates at this KL(π_old ‖ π) a token
@@ -384,8 +384,9 @@ def main(args: Args) -> dict[str, float]:
     ref_table = response_distribution(reference, held_out, args.temperature)  # (N, Y)
     before = evaluate(ref_table, ref_table, held_out, score, args.kl_coef)
 
-    print(f"ppo.py: {device}, seed {args.seed}, {sum(p.numel() for p in parameters):,} parameters")
-    run = f"runs/ppo__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}"
+    script, size = Path(__file__).stem, sum(p.numel() for p in parameters)
+    print(f"{script}.py: {device}, seed {args.seed}, {size:,} parameters")
+    run = f"runs/{script}__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}"
     writer = SummaryWriter(run) if args.tensorboard else None
     num_rollouts, begin = args.total_episodes // args.batch_size, time.perf_counter()
     for rollout in range(1, num_rollouts + 1):
@@ -393,7 +394,7 @@ def main(args: Args) -> dict[str, float]:
         learning_rate = args.learning_rate * min(remaining, 20 * rollout / num_rollouts)
         optimizer.param_groups[0]["lr"] = learning_rate
 
-        # Rollout: sample responses, score them, note what policy, critic and reference think.
+        # Rollout: sample responses, score them, note what the models think of them.
         prompts = train_prompts[torch.randint(len(train_prompts), (args.batch_size,))]  # (B, P)
         responses = generate(policy, prompts, args.temperature)  # (B, R)
         mask, cut_off = response_mask(responses), (responses != EOS).all(1)  # (B, R), (B,)
@@ -449,8 +450,9 @@ def main(args: Args) -> dict[str, float]:
         losses = {name: torch.stack([m[name] for m in updates]).mean() for name in updates[0]}
         losses["ratio_first"] = updates[0]["ratio"]  # 1 if what samples is what is trained
         losses["explained_variance"] = 1 - (returns - old_values)[mask].var() / returns[mask].var()
-        charts = {"score": scores.mean(), "score_std": scores.std(), "kl": kl, "kl_coef": kl_coef}
+        charts = {"score": scores.mean(), "score_std": scores.std(), "kl": kl}
         charts |= {"response_length": mask.sum(1).float().mean(), "learning_rate": learning_rate}
+        charts["kl_coef"] = kl_coef
         episodes, seconds = rollout * args.batch_size, time.perf_counter() - begin
         speed, left = episodes / seconds, seconds * (num_rollouts / rollout - 1)
         charts |= {"eos_rate": 1 - cut_off.float().mean(), "episodes_per_second": speed}
@@ -475,7 +477,7 @@ def main(args: Args) -> dict[str, float]:
     if args.save_path is not None:  # whole or not at all
         part = args.save_path.with_name(args.save_path.name + ".part")
         flags = {flag: str(value) for flag, value in asdict(args).items()}
-        torch.save({"script": "ppo.py", "args": flags, "policy": policy.state_dict()}, part)
+        torch.save({"script": f"{script}.py", "args": flags, "policy": policy.state_dict()}, part)
         os.replace(part, args.save_path)
     seconds = time.perf_counter() - start
     success = f"held-out success {before['success']:.3f} -> {after['success']:.3f}"

@@ -56,7 +56,7 @@ class Args:
     group_size: int = 4  # responses sampled for each prompt of a rollout
     baseline: Literal["none", "batch-mean", "running-mean", "rloo", "value"] = "rloo"  # see below
     gamma: float = 1.0  # discount a token; 1 is usual, as only the finished response counts
-    normalize_advantages: bool = False  # whiten; scales reward and KL alike
+    normalize_advantages: bool = False  # whiten, which scales reward against any KL in the loss
     ent_coef: float = 0.0  # bonus for a nat of entropy a response
     vf_coef: float = 0.1  # weight of the value loss, with --baseline value
     objective: Literal["reinforce", "rwr"] = "reinforce"  # rwr: reward-weighted regression
@@ -338,9 +338,9 @@ def main(args: Args) -> dict[str, float]:
     ref_table = response_distribution(reference, held_out, args.temperature)  # (N, Y)
     before = evaluate(ref_table, ref_table, held_out, score, args.kl_coef)
 
-    size = sum(p.numel() for p in parameters)
-    print(f"reinforce.py: {device}, seed {args.seed}, {size:,} parameters")
-    run = f"runs/reinforce__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}"
+    script, size = Path(__file__).stem, sum(p.numel() for p in parameters)
+    print(f"{script}.py: {device}, seed {args.seed}, {size:,} parameters")
+    run = f"runs/{script}__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}"
     writer = SummaryWriter(run) if args.tensorboard else None
     num_rollouts, begin = args.total_episodes // args.batch_size, time.perf_counter()
     for rollout in range(1, num_rollouts + 1):
@@ -348,7 +348,7 @@ def main(args: Args) -> dict[str, float]:
         learning_rate = args.learning_rate * min(remaining, 20 * rollout / num_rollouts)
         optimizer.param_groups[0]["lr"] = learning_rate
 
-        # Rollout: sample responses in groups, score them, note what policy and reference think.
+        # Rollout: sample responses, score them, note what the models think of them.
         prompts = torch.randint(len(train_prompts), (args.batch_size // args.group_size,))
         prompts = train_prompts[prompts].repeat_interleave(args.group_size, 0)  # (B, P)
         responses = generate(policy, prompts, args.temperature)  # (B, R)
@@ -426,7 +426,7 @@ def main(args: Args) -> dict[str, float]:
     if args.save_path is not None:  # whole or not at all
         part = args.save_path.with_name(args.save_path.name + ".part")
         flags = {flag: str(value) for flag, value in asdict(args).items()}
-        torch.save({"script": "reinforce.py", "args": flags, "policy": policy.state_dict()}, part)
+        torch.save({"script": f"{script}.py", "args": flags, "policy": policy.state_dict()}, part)
         os.replace(part, args.save_path)
     seconds = time.perf_counter() - start
     success = f"held-out success {before['success']:.3f} -> {after['success']:.3f}"
