@@ -5,18 +5,16 @@ import functools
 import inspect
 import itertools
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import oracle
+import programs
 import pytest
 import torch
 import tyro
 
 import grpo
 
-ROOT = Path(__file__).parent.parent
 PROMPT, OTHER_PROMPT = (4, 3, 3), (2, 1, 2)
 LOSS_TYPES = ["grpo", "dr-grpo", "dapo", "gspo", "cispo"]
 
@@ -617,18 +615,9 @@ def test_bad_words_are_refused_by_the_parser(words):
 
 def test_program_in_a_shell(tmp_path):
     """The real command: header, progress, verdict; events and a saved model that loads safely."""
-    words = "--total-episodes 640 --batch-size 64 --sft-steps 20 --save-path model.pt".split()
-    command = [sys.executable, str(ROOT / "grpo.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
-    lines = done.stdout.splitlines()
-    assert lines[0].startswith("grpo.py") and "100%" in lines[-2]
-    assert lines[-1].startswith("held-out success") and "optimality" in lines[-1]
-    assert {p.name for p in tmp_path.iterdir()} == {"runs", "model.pt"}
-    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    saved, _ = programs.run_in_a_shell("grpo", tmp_path)
     grpo.GPT().load_state_dict(saved["policy"])
-    assert saved["script"] == "grpo.py" and saved["args"]["batch_size"] == "64"
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert folder.name.startswith("grpo__1__") and any(folder.iterdir())
+    assert saved["args"]["batch_size"] == "64"
 
 
 def test_logged_metrics(monkeypatch):
@@ -642,19 +631,7 @@ def test_logged_metrics(monkeypatch):
 
 
 def test_reference_is_frozen_and_nothing_is_left_behind(monkeypatch, tmp_path):
-    made, deepcopy = [], copy.deepcopy
-
-    def keep(policy):
-        reference = deepcopy(policy)
-        made.append((reference, {k: v.clone() for k, v in reference.state_dict().items()}))
-        return reference
-
-    monkeypatch.setattr(copy, "deepcopy", keep)
-    run()
-    ((reference, before),) = made
-    after = reference.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert not any(p.requires_grad for p in reference.parameters())
+    programs.check_reference_is_frozen(monkeypatch, run)
     assert list(tmp_path.iterdir()) == []
 
 

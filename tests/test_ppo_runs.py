@@ -1,10 +1,10 @@
 """ppo.py as a program: it learns, repeats itself, refuses what cannot work, leaves no debris."""
 
-import copy
 import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 import tyro
@@ -168,20 +168,10 @@ def test_bad_words_are_refused_by_the_parser(words):
 
 def test_program_in_a_shell(tmp_path):
     """The real command: header, progress, verdict; events and a saved model that loads safely."""
-    words = "--total-episodes 640 --batch-size 64 --sft-steps 20 --save-path model.pt".split()
-    command = [sys.executable, str(ROOT / "ppo.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
-    lines = done.stdout.splitlines()
-    assert lines[0].startswith("ppo.py") and "100%" in lines[-2]
-    assert lines[-1].startswith("held-out success") and "optimality" in lines[-1]
-    assert {p.name for p in tmp_path.iterdir()} == {"runs", "model.pt"}
-    saved = torch.load(tmp_path / "model.pt", weights_only=True)
-    policy = ppo.GPT()
-    policy.load_state_dict(saved["policy"])
-    assert saved["script"] == "ppo.py" and saved["args"]["batch_size"] == "64"
+    saved, folder = programs.run_in_a_shell("ppo", tmp_path)
+    ppo.GPT().load_state_dict(saved["policy"])
+    assert saved["args"]["batch_size"] == "64"
 
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert folder.name.startswith("ppo__1__")
     events = EventAccumulator(str(folder), size_guidance={"images": 0})
     events.Reload()
     charts = "score score_std kl kl_coef response_length eos_rate learning_rate episodes_per_second"
@@ -215,18 +205,7 @@ def test_bad_value_in_a_shell(tmp_path):
 
 
 def test_reference_is_frozen_and_nothing_is_left_behind(monkeypatch, tmp_path):
-    made = []
-    monkeypatch.setattr(copy, "deepcopy", lambda policy, copy=copy.deepcopy: keep(copy(policy)))
-
-    def keep(reference):
-        made.append((reference, {k: v.clone() for k, v in reference.state_dict().items()}))
-        return reference
-
-    run()
-    ((reference, before),) = made
-    after = reference.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert not any(p.requires_grad for p in reference.parameters())
+    programs.check_reference_is_frozen(monkeypatch, run)
     assert list(tmp_path.iterdir()) == []
 
 
