@@ -31,6 +31,7 @@ and first seven rows are those of the post "Reinforcement Learning" of Tommy's B
 # ///
 
 import math
+import os
 import random
 import statistics
 import sys
@@ -123,6 +124,9 @@ def check_args(args):
     bad = knobs.get("baseline") == "rloo" and knobs["samples_per_prompt"] < 2
     why = "--baseline rloo needs --samples-per-prompt 2 or more"
     check(args, "samples_per_prompt baseline", lambda v: not bad, why)
+    runs = "runs" if os.path.lexists("runs") else "."
+    usable = os.path.isdir(runs) and os.access(runs, os.W_OK)
+    check(args, "tensorboard", lambda v: usable or not v, "cannot fill runs/; use --no-tensorboard")
 
 
 # ------------------------------------------------------------------ The task: replace by your own
@@ -366,4 +370,4 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(tyro.cli(Args, description=__doc__))

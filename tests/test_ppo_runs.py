@@ -152,13 +152,6 @@ def test_values_that_do_not_go_together(flags, named, capsys):
     assert stop.value.code == 2 and named in capsys.readouterr().err
 
 
-def test_a_file_named_runs_is_in_the_way(tmp_path, capsys):
-    (tmp_path / "runs").write_text("")
-    with pytest.raises(SystemExit) as stop:
-        run(tensorboard=True)
-    assert stop.value.code == 2 and "--no-tensorboard" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("words", [["--reward", "fun"], ["--seed", "x"], ["--lambda", "1"]])
 def test_bad_words_are_refused_by_the_parser(words):
     with pytest.raises(SystemExit) as stop:

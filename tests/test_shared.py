@@ -1,6 +1,7 @@
 """What holds for every script: one code under one name, flags that are read, honest headers."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -101,6 +102,18 @@ def test_help_lists_every_flag_and_importing_does_nothing(path, tmp_path):
     body = ast.parse(path.read_text()).body
     calls = [n for n in body if isinstance(n, ast.Expr) and not isinstance(n.value, ast.Constant)]
     assert not calls
+
+
+@each_script
+def test_a_file_named_runs_is_in_the_way(path, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs").write_text("")
+    monkeypatch.chdir(tmp_path)
+    script = importlib.import_module(path.stem)
+    with pytest.raises(SystemExit) as stop:
+        script.main(script.Args())
+    out, error = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and error.startswith("error: --tensorboard True:")
+    assert "--no-tensorboard" in error and error.count("\n") == 1
 
 
 @each_script
