@@ -1,0 +1,182 @@
+"""Put the numbers in benchmark/results/ into the README, between its markers, and draw the figures.
+
+    python benchmark/report.py             # the README only
+    python benchmark/report.py --figures   # benchmark/figures/ too (needs matplotlib)
+
+A table of results/runs.json is made here. A results/NAME.md is what another program of this folder
+printed, and goes in as it is. tests/test_readme.py fails when README and results differ.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+RESULTS = ROOT / "benchmark" / "results"
+FIGURES = ROOT / "benchmark" / "figures"
+ABOUT = {  # objective, supervision needed, models in memory
+    "reinforce": (
+        "token log-probability times return; five baselines, or reward-weighted regression",
+        "a reward",
+        "policy, reference",
+    ),
+    "ppo": ("clipped ratio times advantage (GAE)", "a reward", "policy, reference, critic"),
+    "grpo": (
+        "clipped ratio times the score relative to its group; five losses",
+        "a reward",
+        "policy, reference",
+    ),
+    "dpo": (
+        "log-odds that the preferred response is preferred; four losses",
+        "comparisons",
+        "policy, reference",
+    ),
+}
+
+
+def spread(values, digits=3):
+    """Mean ± standard deviation over seeds."""
+    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+
+
+def column(result, name):
+    return [run[name] for run in result["runs"]]
+
+
+def where(result):
+    """The small print under a table."""
+    m, seeds = result["machine"], len(result["runs"])
+    threads = "1 thread" if m["threads"] == 1 else f"{m['threads']} threads"
+    return (
+        f"`{result['command']}`: seeds 1 to {seeds}, mean ± standard deviation. {m['cpu']},"
+        f" {m['cores']} cores, {threads}, Python {m['python']}, torch {m['torch']}, commit"
+        f" {m['commit']}, {m['date']}."
+    )
+
+
+def scripts_table(results):
+    lines = [
+        "| script | objective | learns from | models in memory | success | optimality | seconds |",
+        "|-|-|-|-|-|-|-|",
+    ]
+    present = [script for script in ABOUT if script in results]
+    for script in present:
+        result = results[script]
+        before = mean(column(result, "success_before"))
+        success, optimality = (spread(column(result, k)) for k in ("success", "optimality"))
+        seconds = mean(column(result, "seconds"))
+        line = " | ".join([f"`{script}.py`", *ABOUT[script], f"{before:.2f} → {success}"])
+        lines.append(f"| {line} | {optimality} | {seconds:.0f} |")
+    notes = dict.fromkeys(where(results[script]) for script in present)
+    return "\n".join([*lines, "", *notes])
+
+
+def digits_table(results):
+    import digits_sum20 as digits
+
+    result = results["digits_sum20"]
+    lines = [
+        "| row | training | held-out | range | distinct answers | seconds | the post, one seed |",
+        "|-|-|-|-|-|-|-|",
+    ]
+    for row in digits.METHODS:
+        train, held_out = (
+            [100 * v for v in column(result, f"{row}/{on}/accuracy")] for on in ("train", "eval")
+        )
+        distinct, seconds = (
+            mean(column(result, f"{row}/{k}")) for k in ("eval/distinct", "seconds")
+        )
+        post = digits.POST.get(row) or ""
+        if post and not min(held_out) <= post <= max(held_out):
+            post = f"{post} (outside our range)"
+        spreads = f"{spread(train, 1)} | {spread(held_out, 1)}"
+        low_high = f"{min(held_out):.1f}–{max(held_out):.1f}"
+        lines.append(
+            f"| {row} | {spreads} | {low_high} | {distinct:.1f} | {seconds:.0f} | {post} |"
+        )
+    return "\n".join([*lines, "", where(result)])
+
+
+def ppo_output(results):
+    lines = results["ppo"]["output"]
+    return "\n".join(["```", *lines[:4], "...", *lines[-3:], "```"])
+
+
+TABLES = {"output": ppo_output, "scripts": scripts_table, "digits": digits_table}
+
+
+def render(readme):
+    """The README with everything between its markers made anew."""
+    results = json.loads((RESULTS / "runs.json").read_text())
+
+    def fill(match):
+        name, file = match[1], RESULTS / f"{match[1]}.md"
+        table = TABLES[name](results) if name in TABLES else file.read_text().strip()
+        return f"<!-- begin {name} -->\n{table}\n<!-- end {name} -->"
+
+    return re.sub(r"<!-- begin (\w+) -->.*?<!-- end \1 -->", fill, readme, flags=re.S)
+
+
+def learning_curves(results, plt):
+    """Score of the samples against episodes, mean and range over seeds."""
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for script in ("ppo", "grpo", "reinforce"):
+        curves = column(results[script], "curve")
+        episodes = [x for x, _ in curves[0]]
+        values = [[y for _, y in curve] for curve in curves]
+        low, middle, high = ([f(v) for v in zip(*values, strict=True)] for f in (min, mean, max))
+        (line,) = axes.plot(episodes, middle, label=f"{script}.py")
+        axes.fill_between(episodes, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
+    axes.set(xlabel="episodes", ylabel="score of the samples", ylim=(0.3, 1.01))
+    axes.legend(loc="lower right")
+    axes.set_title(f"Learning curves: mean and range over {len(curves)} seeds")
+    figure.tight_layout()
+    figure.savefig(FIGURES / "learning_curves.png", dpi=110)
+
+
+def digits_ladder(results, plt):
+    """Held-out accuracy of each row, a dot a seed, beside the post's figure."""
+    import digits_sum20 as digits
+
+    figure, axes = plt.subplots(figsize=(7, 4))
+    rows = list(digits.METHODS)
+    for y, row in enumerate(rows):
+        values = [100 * v for v in column(results["digits_sum20"], f"{row}/eval/accuracy")]
+        axes.barh(y, mean(values), color="tab:blue", alpha=0.35)
+        axes.plot(values, [y] * len(values), "o", color="tab:blue", markersize=4)
+        if digits.POST.get(row):
+            axes.plot(digits.POST[row], y, "x", color="tab:red", markersize=9, markeredgewidth=2)
+    axes.plot([], [], "o", color="tab:blue", markersize=4, label="a seed")
+    axes.plot([], [], "x", color="tab:red", markeredgewidth=2, label="the post")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.invert_yaxis()
+    axes.set(xlabel="held-out accuracy, %", title="The digits ladder", xlim=(0, 101))
+    axes.legend(loc="lower left")
+    figure.tight_layout()
+    figure.savefig(FIGURES / "digits_ladder.png", dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--figures", action="store_true")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    readme.write_text(render(readme.read_text()))
+    if args.figures:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        FIGURES.mkdir(exist_ok=True)
+        results = json.loads((RESULTS / "runs.json").read_text())
+        for draw in (learning_curves, digits_ladder):
+            draw(results, plt)
+
+
+if __name__ == "__main__":
+    main()
