@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 RULE = "# " + "-" * 66  # begins the heading of a section
 
@@ -47,3 +49,21 @@ def test_the_edits_of_the_readme_turn_ppo_to_another_task(tmp_path):
     before, after = map(float, re.findall(r"success (\S+) -> (\S+)", verdict)[0])
     assert before < 0.45 and after > before + 0.3, verdict  # standard error of each 0.02
     assert {path.name for path in tmp_path.iterdir()} == {"alphabet.py"}
+
+
+def flag_tables():
+    """The scripts and the flags that each table of our and other libraries' names puts first."""
+    text = chapter("The same flags in the large libraries")
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        first = [row.split("|")[1] for row in table.splitlines()]
+        yield re.findall(r"`(\w+\.py)`", first[0]), re.findall(r"`--([a-z-]+)", "".join(first))
+
+
+@pytest.mark.parametrize("scripts, flags", [*flag_tables()], ids=lambda value: value[0])
+def test_every_flag_that_the_readme_maps_exists(scripts, flags):
+    paths = [ROOT / script for script in scripts]
+    if not all(path.exists() for path in paths):
+        pytest.skip("not written yet")
+    source = "".join(path.read_text() for path in paths)
+    for flag in flags:
+        assert re.search(rf"^    {flag.replace('-', '_')}: ", source, re.MULTILINE), flag
