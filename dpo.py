@@ -43,7 +43,7 @@ class Args:
     tensorboard: bool = True  # write curves and more to runs/, for tensorboard --logdir runs
     save_path: Path | None = None  # file for the final weights and arguments
     sft_steps: int = 100  # supervised steps that make the reference; 0 starts from scratch
-    learning_rate: float = 1e-3  # step size of AdamW, rising over 5 % of the run, then falling to 0
+    learning_rate: float = 2e-3  # step size of AdamW, rising over 5 % of the run, then falling to 0
     max_grad_norm: float = 1.0  # gradients longer than this are scaled down to it
 
     preferences: Path | None = None  # file of judgements, JSON lines; without it, an annotator's
@@ -54,7 +54,7 @@ class Args:
     group_size: int = 8  # responses to one prompt of which the annotator judges all pairs
     epochs: int = 12  # passes over the judgements
     minibatch_size: int = 512  # judgements a gradient step
-    beta: float = 0.5  # β: large stays close to the reference, small follows the judgements further
+    beta: float = 0.4  # β: large stays close to the reference, small follows the judgements further
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"  # of a pair's margin h
     label_smoothing: float = 0.0  # share of judgements taken to be wrong; for sigmoid and robust
     length_normalize: bool = False  # mean over tokens instead of log π(y|x): another objective
@@ -296,7 +296,7 @@ def dpo_loss(logprobs, ref_logprobs, ties, beta, loss_type="sigmoid", label_smoo
     right = 1 - label_smoothing
     if loss_type == "robust":
         right = right / (1 - 2 * label_smoothing)  # above 1: the loss behind is subtracted
-    right = torch.where(ties, 0.5, right)
+    right = torch.full_like(h, right).masked_fill(ties, 0.5)
     loss = (right * ahead + (1 - right) * behind).mean()
     with torch.no_grad():
         chosen, rejected = beta * logratios.mean(1)  # implicit rewards β·log π/π_ref
