@@ -7,20 +7,22 @@ prefer A to B with odds exp((R(A) - R(B)) / τ) make π* ∝ π_ref · exp(R / (
 that of J = E[R] - τβ · KL(π ‖ π_ref): reward and policy are learned at once. Other losses, length
 normalisation and the judgements of a file have other optima; J is then but a yardstick.
 
-What does what. β: large stays close to the reference; small asks for log-ratios of 1/(τβ) nats and
-more, and success can fall while accuracy rises, for only differences are trained: chosen responses,
-too, become less likely, and what no pair shows may take their place. Number: a response judged
-against seven others teaches more than seven lone pairs, and is read once for all (Ouyang et al.
-2022, arXiv:2203.02155, section 3.5, for reward models). Kind: pairs of equal reward only say how
-alike; noisier judgements (large τ) need more pairs. Without warm-up the first steps of Adam, as
-large as any, throw the policy off; then it takes a thousand or more to gain.
+What does what (measured with one seed, on prompts kept aside). β: large stays close to the
+reference; small asks for log-ratios of 1/(τβ) nats. As only differences are trained, chosen
+responses, too, become less likely, and what no pair shows can take their place: from 24,576 lone
+pairs β = 0.1 made success 0.62, 0.3 0.79, 0.5 0.82, 1 0.79. Kind of pairs: without those of equal
+reward, half of all, success was the same but KL 0.54, not 0.34: these hold alike what is alike.
+Number: to judge all pairs of a group costs no more passes, as a response is read once for all
+its pairs (for reward models Ouyang et al. 2022, arXiv:2203.02155, section 3.5). With as many passes
+lone pairs made 0.88, groups of four 0.90, of eight 0.92. The learning rate warms up, as Adam's
+first steps are as large as any; then it takes a thousand and more of them.
 
 The task: given three digits, write two more and EOS, so that all five sum to 20. A small GPT is
 fitted to demonstrations, frozen as the reference, then tuned. All its responses can be enumerated,
 so the evaluation is exact and knows the best attainable J. To adapt it, replace task and policy.
 
-    python dpo.py                      # held-out success 0.58 -> ?
-    python dpo.py --loss-type ipo      # or hinge, robust; --help lists every flag
+    python dpo.py                     # held-out success 0.58 -> 0.97
+    python dpo.py --loss-type ipo     # or hinge, robust; --help lists every flag
 """
 
 # /// script
@@ -292,7 +294,8 @@ def dpo_loss(logprobs, ref_logprobs, ties, beta, loss_type="sigmoid", label_smoo
     sigmoid: arXiv:2305.18290, eq. 7. Smoothed, it is the cross-entropy to 1 - ε (conservative DPO,
     Mitchell 2023). robust: arXiv:2403.00409, its mean over judgements flipped with chance ε is the
     sigmoid loss of the true ones. ipo: h is led to 1/(2β), not on and on if a pair is always judged
-    alike (arXiv:2310.12036, eq. 17). hinge: no more gradient once β·h > 1 (arXiv:2305.10425).
+    alike (arXiv:2310.12036, eq. 17). hinge: no gradient once β·h > 1 (SLiC, arXiv:2305.10425, on
+    log-ratios as in arXiv:2309.06657).
     """
     logratios = logprobs - ref_logprobs  # (2, B)
     h = logratios[0] - logratios[1]  # (B,)

@@ -551,7 +551,7 @@ def test_first_loss_is_log_2_and_metrics_are_logged(monkeypatch):
 
 
 def test_success_rises_though_the_chosen_become_less_likely(monkeypatch):
-    """A short run; by the end the chosen responses, too, are less likely than under the reference."""
+    """A short run; by its end the chosen responses, too, are less likely than at the start."""
     calls = record(monkeypatch, "write")
     flags = {"num_responses": 2_912, "epochs": 3, "minibatch_size": 128, "learning_rate": 4e-4}
     result = dpo.main(dpo.Args(tensorboard=False, beta=0.5, annotator_temperature=0.1, **flags))
