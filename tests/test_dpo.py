@@ -119,6 +119,8 @@ def test_loss_at_the_reference_is_log_2(kind):
     loss, metrics = loss_at(torch.zeros(4, dtype=torch.float64), 0.3, *kind)
     assert loss.item() == pytest.approx(math.log(2), abs=1e-15)
     assert metrics["accuracies"] == 0.5 and metrics["margins"] == 0
+    for h in (2.0, -2.0):  # nor can anybody be right about a tie
+        assert loss_at(float64(h), 0.3, *kind, ties=~NO_TIES)[1]["accuracies"] == 0.5
 
 
 def test_gradient_of_the_sigmoid_loss_is_the_papers():
