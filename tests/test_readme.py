@@ -1,0 +1,46 @@
+"""The README says what benchmark/results/ holds, and its commands are commands of the scripts."""
+
+import importlib
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+sys.path.insert(0, str(ROOT / "benchmark"))
+import report
+
+# Every command of a script in the README and in the headers of the scripts.
+SOURCES = [README, *(path.read_text().split('"""')[1] for path in sorted(ROOT.glob("*.py")))]
+COMMANDS = re.findall(r"python (\w+\.py) ?([^#`\n]*)", "\n".join(SOURCES).replace("\\\n", ""))
+
+
+def test_numbers_are_those_of_the_results():
+    assert report.render(README) == README, "run: python benchmark/report.py"
+    assert len(re.findall("<!-- begin ", README)) >= 3
+
+
+def test_a_number_typed_in_by_hand_is_seen():
+    table = re.search(r"<!-- begin scripts -->(.*?)<!-- end", README, re.S)[1]
+    typed = README.replace(table, table.replace(" ± 0.", " ± 1.", 1))
+    assert typed != README and report.render(typed) == README
+
+
+def test_figures_are_there():
+    for path in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (ROOT / path).stat().st_size < 300_000, path
+
+
+@pytest.mark.parametrize("script, words", sorted(set(COMMANDS)))
+def test_commands_are_understood(script, words):
+    if not (ROOT / script).exists():  # a copy that the reader makes
+        assert script == "alphabet.py"
+        return
+    words = shlex.split(words.split("&&")[0].replace(";", ""))
+    module = importlib.import_module(script.removesuffix(".py"))
+    if "--help" not in words:
+        tyro.cli(module.Args, args=words)
