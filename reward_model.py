@@ -58,13 +58,13 @@ class Args:
     max_grad_norm: float = 1.0  # gradients longer than this are scaled down to it
 
     learn_from: Literal["preferences", "labels", "demonstrations"] = "preferences"  # see above
-    num_pairs: int = 8_192  # pairs (or labels, or demonstrations) to learn from
+    num_pairs: int = 12_288  # pairs (or labels, or demonstrations) to learn from
     annotator_temperature: float = (
         0.5  # τ: the annotator prefers A with odds exp((R(A) - R(B)) / τ)
     )
     preferences: Path | None = None  # file of judgements, JSON lines; without it, an annotator's
     annotate: int | None = None  # let a person judge until --preferences holds so many, then stop
-    epochs: int = 4  # passes over the judgements
+    epochs: int = 3  # passes over the judgements
     minibatch_size: int = 32  # judgements a gradient step
     weight_decay: float = 1.0  # of AdamW: without a strong one the noise of the judge is learned
     num_samples: int = 8  # samples a demonstration that estimate log Z, with demonstrations
@@ -528,7 +528,7 @@ def main(args: Args) -> dict[str, float]:
         judgements = sample_demonstrations(*how, args.num_samples)
     elif judgements is None:
         judgements = sample_preferences(*how)
-    prompts = train_prompts[torch.randint(len(train_prompts), (4096,))]
+    prompts = train_prompts[torch.randint(len(train_prompts), (1024,))]
     samples = prompts, generate(reference, prompts, 1.0)  # to normalise the scores on
 
     script, size = Path(__file__).stem, sum(p.numel() for p in GPT(outputs=1).parameters())
