@@ -54,14 +54,12 @@ class Args:
     tensorboard: bool = True  # write curves and more to runs/, for tensorboard --logdir runs
     save_path: Path | None = None  # file for the final weights and arguments
     sft_steps: int = 100  # supervised steps that make the reference; 0 starts from scratch
-    learning_rate: float = 1e-3  # step size of AdamW, rising over 5 % of the run, then falling to 0
+    learning_rate: float = 7e-4  # step size of AdamW, rising over 5 % of the run, then falling to 0
     max_grad_norm: float = 1.0  # gradients longer than this are scaled down to it
 
     learn_from: Literal["preferences", "labels", "demonstrations"] = "preferences"  # see above
     num_pairs: int = 12_288  # pairs (or labels, or demonstrations) to learn from
-    annotator_temperature: float = (
-        0.5  # τ: the annotator prefers A with odds exp((R(A) - R(B)) / τ)
-    )
+    annotator_temperature: float = 0.5  # τ: prefers A to B with odds exp((R(A) - R(B)) / τ)
     preferences: Path | None = None  # file of judgements, JSON lines; without it, an annotator's
     annotate: int | None = None  # let a person judge until --preferences holds so many, then stop
     epochs: int = 3  # passes over the judgements
