@@ -254,8 +254,8 @@ def parse_judgement(line):
 
 
 def read_preferences(path):
-    """Preferences from a file of JSON lines, shaped like those of sample_preferences:
-    {"prompt": "433", "chosen": "73", "rejected": "11"} and perhaps "tie": true."""
+    """Preferences from a file of JSON lines: prompts (N, P), chosen and rejected (N, R), ties (N,).
+    A line is {"prompt": "433", "chosen": "73", "rejected": "11"}, and perhaps has "tie": true."""
     judgements = []
     try:
         for number, line in enumerate(path.read_text().splitlines(), 1):
