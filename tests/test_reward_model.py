@@ -314,7 +314,7 @@ def test_score_is_read_at_the_last_real_token():
         real = [t for k, t in enumerate(responses[i].tolist()) if EOS not in responses[i, :k]]
         tokens = torch.tensor([prompts[i].tolist() + real])
         alone = model.head(model(tokens))[0, -1, 0]
-        assert found[i].item() == pytest.approx(alone.item(), abs=2e-6)
+        assert found[i].item() == pytest.approx(alone.item(), abs=1e-5)
 
 
 def test_score_does_not_depend_on_what_follows_eos_or_on_the_batch():
@@ -327,7 +327,7 @@ def test_score_does_not_depend_on_what_follows_eos_or_on_the_batch():
     for size in (1, 3, 500):
         rows = slice(10, 10 + size)
         some = reward_model.response_scores(model, prompts[rows], responses[rows])
-        torch.testing.assert_close(some, scores[rows], atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(some, scores[rows], atol=1e-5, rtol=1e-5)
     assert scores.std() > 0.1
 
 
@@ -346,7 +346,7 @@ def test_score_table_is_in_the_order_of_prompts_and_responses():
     prompts, responses = reward_model.make_prompts()[1][:3], reward_model.all_responses()
     table = reward_model.score_table(model, prompts, responses)
     flat = reward_model.response_scores(model, *everything(3)).double()
-    torch.testing.assert_close(table, flat.view(3, 1111), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(table, flat.view(3, 1111), atol=1e-5, rtol=1e-5)
 
 
 # ---------------------------------------------------------------- The reports
