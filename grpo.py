@@ -52,6 +52,8 @@ class Args:
     kl_coef: float = 0.05  # β, the price in reward of a nat of KL(policy ‖ reference) a response
 
     reward: Literal["exact", "sharp", "distance"] = "exact"  # what is paid for
+    reward_model: Path | None = None  # pay what this file of reward_model.py says, not --reward
+    rm_uncertainty_coef: float = 0.0  # take off so many standard deviations between its models
     group_size: int = 4  # responses sampled for each prompt of a rollout
     update_epochs: int = 1  # passes over each rollout
     num_minibatches: int = 4  # gradient steps a pass
@@ -76,12 +78,16 @@ def check_args(args):
     check(args, counts, lambda v: v >= 1, "must be 1 or more")
     positive = "learning_rate max_grad_norm temperature clip_coef clip_coef_high"
     check(args, positive, lambda v: 0 < v < 2**63, "must be above 0, and finite")
-    amounts = "seed sft_steps kl_coef"
+    amounts = "seed sft_steps kl_coef rm_uncertainty_coef"
     check(args, amounts, lambda v: 0 <= v < 2**63, "must be 0 or more, and finite")
     size = args.batch_size
     check(args, "total_episodes", lambda v: v >= size, f"is less than one --batch-size {size}")
     divisors = "group_size num_minibatches"
     check(args, divisors, lambda v: size % v == 0, f"must divide --batch-size {size}")
+    learned = args.reward_model is not None
+    why = "is not read with --reward-model"
+    check(args, "reward", lambda v: v == Args.reward or not learned, why)
+    check(args, "rm_uncertainty_coef", lambda v: v == 0 or learned, "needs a --reward-model FILE")
     check(args, "device", lambda v: v == "cpu" or torch.cuda.is_available(), "is not here; use cpu")
     runs = "runs" if os.path.lexists("runs") else "."
     usable = os.path.isdir(runs) and os.access(runs, os.W_OK)
@@ -202,6 +208,53 @@ def warm_start(policy, prompts, responses, steps):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
+
+# ------------------------------------------------------------------ The learned reward
+def response_scores(gpt, prompts, responses):
+    """Scores (B,): the output at the last real token, EOS or where the response was cut off.
+
+    Attention looks back only, so nothing that follows EOS can change them.
+    """
+    states = gpt(torch.cat([prompts, responses], 1))  # (B, T, D)
+    last = prompts.shape[1] + response_mask(responses).sum(1) - 1
+    return gpt.head(states[torch.arange(len(last)), last]).squeeze(1)
+
+
+def load_reward_model(path, uncertainty_coef, device):
+    """What a file of reward_model.py pays, as a function of prompts (B, P) and responses (B, R):
+    the mean of its models' scores less uncertainty_coef times their standard deviation. (B,)"""
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)  # runs no code in it
+        models = [GPT(outputs=1).to(device).requires_grad_(False) for _ in saved["models"]]
+        for model, weights in zip(models, saved["models"], strict=True):
+            model.load_state_dict(weights)
+        finite = [x.isfinite().all() for model in models for x in model.parameters()]
+        if saved["script"] != "reward_model.py" or not finite or not all(finite):
+            raise ValueError
+    except Exception as error:  # there is no end to what can be wrong with a file
+        why = "is no file of reward_model.py, or a broken one"
+        print(f"error: --reward-model {path}: {why} ({type(error).__name__})", file=sys.stderr)
+        sys.exit(2)
+    if uncertainty_coef > 0 and len(models) == 1:
+        why = f"needs several models; {path} holds one (see reward_model.py --ensemble-size)"
+        print(f"error: --rm-uncertainty-coef {uncertainty_coef}: {why}", file=sys.stderr)
+        sys.exit(2)
+    # The models are frozen and the sequences few, so each is scored once and then looked up.
+    known = torch.full([VOCAB] * len(models[0].position.weight), torch.nan, device=device)
+
+    @torch.no_grad()
+    def score(prompts, responses):
+        tokens = torch.cat([prompts, responses], 1)  # (B, T)
+        new = tokens[known[tokens.unbind(1)].isnan()]
+        for some in new.split(1024) if len(new) else ():
+            pair = some[:, : prompts.shape[1]], some[:, prompts.shape[1] :]
+            scores = torch.stack([response_scores(model, *pair) for model in models])
+            uncertainty = scores.std(0, correction=0)
+            known[some.unbind(1)] = scores.mean(0) - uncertainty_coef * uncertainty
+        return known[tokens.unbind(1)]
+
+    return score
 
 
 # ------------------------------------------------------------------ GRPO
@@ -346,6 +399,8 @@ def main(args: Args) -> dict[str, float]:
     parameters = [*policy.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), fused=True)
     score = partial(reward, kind=args.reward)
+    if args.reward_model is not None:
+        score = load_reward_model(args.reward_model, args.rm_uncertainty_coef, device)
     clip_high = args.clip_coef if args.clip_coef_high is None else args.clip_coef_high
     ref_table = response_distribution(reference, held_out, args.temperature)  # (N, Y)
     before = evaluate(ref_table, ref_table, held_out, score, args.kl_coef)
@@ -411,12 +466,16 @@ def main(args: Args) -> dict[str, float]:
         episodes, seconds = rollout * args.batch_size, time.perf_counter() - begin
         speed, left = episodes / seconds, seconds * (num_rollouts / rollout - 1)
         charts |= {"eos_rate": 1 - cut_off.float().mean(), "episodes_per_second": speed}
+        gold = ""
+        if args.reward_model is not None:  # the true reward beside the learned: is it hacked?
+            charts["gold_score"] = reward(prompts, responses).mean()
+            gold = f"  gold {charts['gold_score']:.3f}"
         write(writer, "losses", losses, episodes)
         groups = {"reward_std": stds.mean(), "frac_zero_std": (stds == 0).float().mean()}
         write(writer, "groups", groups, episodes)
         write(writer, "charts", charts, episodes)
         if rollout % max(1, num_rollouts // 20) == 0 or rollout == num_rollouts:
-            line = f"{rollout / num_rollouts:4.0%}  score {scores.mean():.3f}  KL {kl:.3f}"
+            line = f"{rollout / num_rollouts:4.0%}  score {scores.mean():.3f}{gold}  KL {kl:.3f}"
             print(f"{line}  {speed:6,.0f} episodes/s  {left:3.0f} s left")
 
     table = response_distribution(policy, held_out, args.temperature)
@@ -424,8 +483,8 @@ def main(args: Args) -> dict[str, float]:
     if writer:
         flags = "".join(f"|{flag}|{value}|\n" for flag, value in asdict(args).items())
         writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}")
-        write(writer, "eval", before, 0)
-        write(writer, "eval", after, episodes)
+        write(writer, "eval", before | {"gold_score": before["success"]}, 0)
+        write(writer, "eval", after | {"gold_score": after["success"]}, episodes)
         # π(d4, d5) for 8 held-out prompts, above before, below after: d4 down, d5 right.
         maps = torch.stack([ref_table, table])[:, :8, (all_responses() != EOS).sum(1) == 2].exp()
         maps = maps.view(-1, 1, 10, 10).sqrt().repeat_interleave(9, 2).repeat_interleave(9, 3)

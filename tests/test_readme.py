@@ -1,9 +1,9 @@
 """The README says what benchmark/results/ holds, and its commands are commands of the scripts."""
 
 import importlib
+import importlib.util
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,9 @@ import tyro
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-sys.path.insert(0, str(ROOT / "benchmark"))
-import report
+spec = importlib.util.spec_from_file_location("report", ROOT / "benchmark" / "report.py")
+report = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(report)
 
 # Every command of a script in the README and in the headers of the scripts.
 SOURCES = [README, *(path.read_text().split('"""')[1] for path in sorted(ROOT.glob("*.py")))]

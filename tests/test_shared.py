@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(ROOT.glob("*.py"))
 OWN = {"Args", "check_args", "main"}  # the only names that may differ from script to script
 COMMON = "seed device tensorboard save_path sft_steps total_episodes batch_size".split()
-COMMON += ["max_grad_norm", "temperature", "kl_coef"]
+COMMON += "max_grad_norm temperature kl_coef reward_model rm_uncertainty_coef".split()
+COMMON += ["annotator_temperature", "preferences"]
 each_script = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 
 
