@@ -56,7 +56,7 @@ class Args:
     tensorboard: bool = True  # write curves and more to runs/, for tensorboard --logdir runs
     save_path: Path | None = None  # file for the final weights and arguments
     sft_steps: int = 100  # supervised steps that make the reference; 0 starts from scratch
-    learning_rate: float = 2e-3  # step size of AdamW, rising over 5 % of the run, then falling to 0
+    learning_rate: float = 2e-3  # AdamW's, at its highest: rises for a fifth of the run, falls to 0
     max_grad_norm: float = 1.0  # gradients longer than this are scaled down to it
 
     preferences: Path | None = None  # file of judgements, JSON lines; without it, an annotator's
@@ -101,7 +101,8 @@ def check_args(args):
     usable = os.path.isdir(runs) and os.access(runs, os.W_OK)
     check(args, "tensorboard", lambda v: usable or not v, "cannot fill runs/; use --no-tensorboard")
     why = "cannot be written; name a file in a folder that exists"
-    check(args, "save_path", lambda v: os.access(v.parent, os.W_OK) and not v.is_dir(), why)
+    check(args, "save_path", lambda v: v.parent.is_dir() and not v.is_dir(), why)
+    check(args, "save_path", lambda v: os.access(v.parent, os.W_OK), why)
 
 
 # ------------------------------------------------------------------ The task: replace by your own
@@ -398,6 +399,9 @@ def main(args: Args) -> dict[str, float]:
     print(f"{script}.py: {device}, seed {args.seed}, {size:,} parameters")
     run = f"runs/{script}__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}"
     writer = SummaryWriter(run) if args.tensorboard else None
+    if writer:
+        flags = "".join(f"|{flag}|{value}|\n" for flag, value in asdict(args).items())
+        writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}")
 
     if args.preferences is not None and not clean.all():
         print(f"left out {(~clean).sum()} of {len(clean)} judgements: their prompts are held out")
@@ -422,8 +426,8 @@ def main(args: Args) -> dict[str, float]:
             order = torch.randperm(len(ties), device=device)[groups].argsort()  # (N,)
             parts = order.tensor_split(minibatches)
         rows = parts[(step - 1) % minibatches]  # (B,)
-        remaining = 1 - (step - 1) / num_steps
-        learning_rate = args.learning_rate * min(remaining, 20 * step / num_steps)
+        progress = (step - 0.5) / num_steps
+        learning_rate = args.learning_rate * min(5 * progress, 1.25 * (1 - progress))
         optimizer.param_groups[0]["lr"] = learning_rate
         read, inverse = index[:, rows].unique(return_inverse=True)  # (u,), (2, B)
         logits = policy.head(response_states(policy, x[read], y[read]))
@@ -462,8 +466,6 @@ def main(args: Args) -> dict[str, float]:
     table = response_distribution(policy, held_out, 1.0)
     after = evaluate(table, ref_table, held_out, reward, kl_coef)
     if writer:
-        flags = "".join(f"|{flag}|{value}|\n" for flag, value in asdict(args).items())
-        writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}")
         write(writer, "eval", before, 0)
         write(writer, "eval", after, step)
         # π(d4, d5) for 8 held-out prompts, above before, below after: d4 down, d5 right.

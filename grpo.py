@@ -46,7 +46,7 @@ class Args:
     sft_steps: int = 100  # supervised steps that make the reference; 0 starts from scratch
     total_episodes: int = 89_600  # responses sampled in all
     batch_size: int = 256  # responses a rollout
-    learning_rate: float = 3e-3  # step size of AdamW, rising over 5 % of the run, then falling to 0
+    learning_rate: float = 3e-3  # AdamW's, at its highest: rises for a fifth of the run, falls to 0
     max_grad_norm: float = 1.0  # gradients longer than this are scaled down to it
     temperature: float = 1.0  # divides the logits, in sampling and in every log-probability alike
     kl_coef: float = 0.05  # β, the price in reward of a nat of KL(policy ‖ reference) a response
@@ -93,7 +93,8 @@ def check_args(args):
     usable = os.path.isdir(runs) and os.access(runs, os.W_OK)
     check(args, "tensorboard", lambda v: usable or not v, "cannot fill runs/; use --no-tensorboard")
     why = "cannot be written; name a file in a folder that exists"
-    check(args, "save_path", lambda v: os.access(v.parent, os.W_OK) and not v.is_dir(), why)
+    check(args, "save_path", lambda v: v.parent.is_dir() and not v.is_dir(), why)
+    check(args, "save_path", lambda v: os.access(v.parent, os.W_OK), why)
 
 
 # ------------------------------------------------------------------ The task: replace by your own
@@ -409,10 +410,13 @@ def main(args: Args) -> dict[str, float]:
     print(f"{script}.py: {device}, seed {args.seed}, {size:,} parameters")
     run = f"runs/{script}__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}"
     writer = SummaryWriter(run) if args.tensorboard else None
+    if writer:
+        flags = "".join(f"|{flag}|{value}|\n" for flag, value in asdict(args).items())
+        writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}")
     num_rollouts, begin = args.total_episodes // args.batch_size, time.perf_counter()
     for rollout in range(1, num_rollouts + 1):
-        remaining = 1 - (rollout - 1) / num_rollouts
-        learning_rate = args.learning_rate * min(remaining, 20 * rollout / num_rollouts)
+        progress = (rollout - 0.5) / num_rollouts
+        learning_rate = args.learning_rate * min(5 * progress, 1.25 * (1 - progress))
         optimizer.param_groups[0]["lr"] = learning_rate
 
         # Rollout: sample responses, score them, note what the models think of them.
@@ -459,7 +463,7 @@ def main(args: Args) -> dict[str, float]:
         # Log the means over the rollout.
         kl = masked_sum(kl_estimate(old_logprobs, ref_logprobs, "k1"), mask).mean()
         losses = {name: torch.stack([m[name] for m in updates]).mean() for name in updates[0]}
-        losses["ratio_first"] = updates[0]["ratio"]  # 1 if what samples is what is trained
+        losses["ratio_first"] = updates[0]["ratio"]  # not 1: rows or positions are mixed up
         charts = {"score": scores.mean(), "score_std": scores.std(), "kl": kl}
         charts |= {"response_length": mask.sum(1).float().mean(), "learning_rate": learning_rate}
         charts["kl_coef"] = args.kl_coef
@@ -481,8 +485,6 @@ def main(args: Args) -> dict[str, float]:
     table = response_distribution(policy, held_out, args.temperature)
     after = evaluate(table, ref_table, held_out, score, args.kl_coef)
     if writer:
-        flags = "".join(f"|{flag}|{value}|\n" for flag, value in asdict(args).items())
-        writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}")
         write(writer, "eval", before | {"gold_score": before["success"]}, 0)
         write(writer, "eval", after | {"gold_score": after["success"]}, episodes)
         # π(d4, d5) for 8 held-out prompts, above before, below after: d4 down, d5 right.

@@ -54,7 +54,7 @@ class Args:
     tensorboard: bool = True  # write curves and more to runs/, for tensorboard --logdir runs
     save_path: Path | None = None  # file for the final weights and arguments
     sft_steps: int = 100  # supervised steps that make the reference; 0 starts from scratch
-    learning_rate: float = 7e-4  # step size of AdamW, rising over 5 % of the run, then falling to 0
+    learning_rate: float = 7e-4  # AdamW's, at its highest: rises for a fifth of the run, falls to 0
     max_grad_norm: float = 1.0  # gradients longer than this are scaled down to it
 
     learn_from: Literal["preferences", "labels", "demonstrations"] = "preferences"  # see above
@@ -104,7 +104,8 @@ def check_args(args):
     usable = os.path.isdir(runs) and os.access(runs, os.W_OK)
     check(args, "tensorboard", lambda v: usable or not v, "cannot fill runs/; use --no-tensorboard")
     why = "cannot be written; name a file in a folder that exists"
-    check(args, "save_path", lambda v: os.access(v.parent, os.W_OK) and not v.is_dir(), why)
+    check(args, "save_path", lambda v: v.parent.is_dir() and not v.is_dir(), why)
+    check(args, "save_path", lambda v: os.access(v.parent, os.W_OK), why)
 
 
 # ------------------------------------------------------------------ The task: replace by your own
@@ -533,6 +534,9 @@ def main(args: Args) -> dict[str, float]:
     print(f"{script}.py: {device}, seed {args.seed}, {args.ensemble_size} × {size:,} parameters")
     run = f"runs/{script}__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}"
     writer = SummaryWriter(run) if args.tensorboard else None
+    if writer:
+        flags = "".join(f"|{flag}|{value}|\n" for flag, value in asdict(args).items())
+        writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}")
     number, begin = len(judgements[0]), time.perf_counter()
     steps_each = args.epochs * math.ceil(number / args.minibatch_size)
     num_steps, step, models, stds, updates = steps_each * args.ensemble_size, 0, [], [], []
@@ -551,8 +555,8 @@ def main(args: Args) -> dict[str, float]:
             drawn = torch.randint(number, (number,))
         batches = [torch.randperm(number).split(args.minibatch_size) for _ in range(args.epochs)]
         for member_step, batch in enumerate(sum(batches, ()), 1):
-            remaining = 1 - (member_step - 1) / steps_each
-            learning_rate = args.learning_rate * min(remaining, 20 * member_step / steps_each)
+            progress = (member_step - 0.5) / steps_each
+            learning_rate = args.learning_rate * min(5 * progress, 1.25 * (1 - progress))
             optimizer.param_groups[0]["lr"] = learning_rate
             x, y, third, *ties = (column[drawn[batch]] for column in judgements)
             if args.learn_from == "preferences":  # (B, R) chosen, (B, R) rejected, (B,) ties
@@ -605,8 +609,6 @@ def main(args: Args) -> dict[str, float]:
     temperature, stds = args.annotator_temperature, torch.stack(stds)
     after = evaluate_scores(tables, stds, rewards, probs, temperature)
     if writer:
-        flags = "".join(f"|{flag}|{value}|\n" for flag, value in asdict(args).items())
-        writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}")
         write(writer, "eval", after, step)
         writer.close()
     if args.save_path is not None:  # whole or not at all

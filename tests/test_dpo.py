@@ -548,7 +548,8 @@ def test_first_loss_is_log_2_and_metrics_are_logged(monkeypatch):
     found = [logged(calls, f"{side}_logprobs")[0] for side in ("chosen", "rejected")]
     assert found == pytest.approx(first)
     steps = len(calls["dpo_loss"])
-    rates = [2e-3 * min(1 - k / steps, 20 * (k + 1) / steps) for k in range(steps)]
+    done = [(k + 0.5) / steps for k in range(steps)]
+    rates = [dpo.Args.learning_rate * (p / 0.2 if p < 0.2 else (1 - p) / 0.8) for p in done]
     assert logged(calls, "learning_rate") == pytest.approx(rates)
 
 
@@ -616,7 +617,6 @@ BAD = [
     ("sft_steps", -1),
     ("device", "cuda"),
     ("loss_type", "robust"),
-    *[("save_path", v) for v in (Path("missing/model.pt"), Path("."))],
     ("preferences", Path("missing.jsonl")),
 ]
 

@@ -5,7 +5,6 @@ import functools
 import inspect
 import itertools
 import math
-from pathlib import Path
 
 import oracle
 import programs
@@ -587,7 +586,6 @@ BAD = {
     "clip_coef": [0.0],
     "clip_coef_high": [0.0, float("nan")],
     "device": ["cuda"],
-    "save_path": [Path("missing/model.pt"), Path(".")],
 }
 
 

@@ -4,7 +4,6 @@ import copy
 import functools
 import inspect
 import math
-from pathlib import Path
 
 import oracle
 import programs
@@ -454,7 +453,6 @@ BAD = {
     "rwr_beta": [0.0, 1.0],
     "rwr_top_fraction": [0.0, 1.5, 0.5],
     "device": ["cuda"],
-    "save_path": [Path("missing/model.pt"), Path(".")],
 }
 TOGETHER = [
     ({"objective": "rwr", "baseline": "none"}, "--baseline none"),

@@ -721,8 +721,6 @@ BAD = [
     (FILE | {"num_pairs": 5}, "num-pairs"),
     (FILE | {"learn_from": "labels"}, "learn-from"),
     ({"device": "cuda"}, "device"),
-    ({"save_path": Path("missing/model.pt")}, "save-path"),
-    ({"save_path": Path(".")}, "save-path"),
 ]
 
 

@@ -118,5 +118,20 @@ def test_a_file_named_runs_is_in_the_way(path, tmp_path, monkeypatch, capsys):
 
 
 @each_script
+@pytest.mark.parametrize("name", ["missing/model.pt", "note.txt/model.pt", "."])
+def test_weights_are_saved_where_they_can_be(path, name, tmp_path, monkeypatch, capsys):
+    if "save_path" not in fields(path):
+        return
+    (tmp_path / "note.txt").write_text("")
+    monkeypatch.chdir(tmp_path)
+    script = importlib.import_module(path.stem)
+    with pytest.raises(SystemExit) as stop:
+        script.main(script.Args(save_path=Path(name)))
+    out, error = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and error.startswith(f"error: --save-path {name}: ")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["note.txt"]
+
+
+@each_script
 def test_no_line_is_wider_than_the_rule(path):
     assert max(len(line) for line in path.read_text().splitlines()) <= 100
