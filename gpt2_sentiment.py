@@ -178,7 +178,7 @@ def write_sentences(count, seed):
     return sentences
 
 
-def make_prompts(path):
+def read_prompts(path):
     """Prompts to train on and held-out ones, from the file, or else from the grammar."""
     others = sorted(set(OPENINGS) - set(TUTORIAL))
     random.Random(20).shuffle(others)
@@ -222,7 +222,7 @@ def sentiment_reward(prompts, responses):
 
 
 def positivity_reward(prompts, responses):
-    """Share of good words, less half of the negated ones, times that of different words; 0 to 1."""
+    """Share of good words, less half the negated ones, times that of different words; 0 to 1."""
     scores = []
     for prompt, text in zip(prompts, map(words, responses), strict=True):
         before = [*words(prompt)[-1:], *text] if words(prompt) else ["", *text]
@@ -236,7 +236,7 @@ def positivity_reward(prompts, responses):
 
 
 def composite_reward(prompts, responses):
-    """0.2 length + 0.5 relevance + 0.3 formatting: 50 words or more, the prompt's, in paragraphs."""
+    """0.2 length + 0.5 relevance + 0.3 formatting: 50 words, the prompt's, in paragraphs."""
     scores = []
     for prompt, response in zip(prompts, responses, strict=True):
         count, wanted = len(response.split()), set(words(prompt))
@@ -260,7 +260,7 @@ REWARDS = {
 class Config:
     vocab_size: int
     n_positions: int = 64
-    n_embd: int = 96
+    n_embd: int = 64
     n_layer: int = 3
     n_head: int = 4
     layer_norm_epsilon: float = 1e-5
@@ -911,7 +911,7 @@ def main(args: Args) -> dict[str, float]:
         train_texts, held_out_texts = state["prompts"]
         policy, tokenizer = GPT2(Config(**state["config"])), Tokenizer.from_str(state["tokenizer"])
     else:
-        train_texts, held_out_texts = make_prompts(args.prompts)
+        train_texts, held_out_texts = read_prompts(args.prompts)
         sentences = write_sentences(8_000, args.seed) if embedded else None
         policy, tokenizer = embedded_gpt2(sentences) if embedded else load_gpt2(args.model)
     config = policy.config
