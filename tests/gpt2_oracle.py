@@ -27,11 +27,14 @@ def hidden(w, config, ids):
     heads, width, epsilon = config["n_head"], config["n_embd"], config["layer_norm_epsilon"]
     size, layers = width // heads, config["n_layer"]
     keys, values = [[] for _ in range(layers)], [[] for _ in range(layers)]
+    blocks = [
+        {name.removeprefix(f"h.{i}."): x for name, x in w.items() if name.startswith(f"h.{i}.")}
+        for i in range(layers)
+    ]
     states = []
     for position, token in enumerate(ids):
         x = w["wte.weight"][token] + w["wpe.weight"][position]
-        for layer in range(layers):
-            at = {k.removeprefix(f"h.{layer}."): v for k, v in w.items() if f"h.{layer}." in k}
+        for layer, at in enumerate(blocks):
             y = layer_norm(x, at["ln_1.weight"], at["ln_1.bias"], epsilon)
             y = y @ at["attn.c_attn.weight"] + at["attn.c_attn.bias"]
             query, key, value = y[:width], y[width : 2 * width], y[2 * width :]
@@ -39,10 +42,9 @@ def hidden(w, config, ids):
             mixed = []
             for head in range(heads):
                 part = slice(head * size, (head + 1) * size)
-                scores = [query[part] @ k[part] / math.sqrt(size) for k in keys[layer]]
-                weights = torch.stack(scores).exp()
-                weights = weights / weights.sum()
-                mixed.append(sum(a * v[part] for a, v in zip(weights, values[layer], strict=True)))
+                seen = torch.stack(keys[layer])[:, part], torch.stack(values[layer])[:, part]
+                weights = (seen[0] @ query[part] / math.sqrt(size)).exp()
+                mixed.append(weights / weights.sum() @ seen[1])
             x = x + torch.cat(mixed) @ at["attn.c_proj.weight"] + at["attn.c_proj.bias"]
             y = layer_norm(x, at["ln_2.weight"], at["ln_2.bias"], epsilon)
             y = y @ at["mlp.c_fc.weight"] + at["mlp.c_fc.bias"]
