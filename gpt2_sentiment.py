@@ -27,7 +27,8 @@ import re
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -773,30 +774,27 @@ def add_up(tensors):
 # ------------------------------------------------------------------ Evaluation
 def distinct_2(texts):
     """Different pairs of neighbouring words over all such pairs: low where texts are alike."""
-    pairs = [pair for text in map(words, texts) for pair in zip(text, text[1:], strict=False)]
+    pairs = [pair for text in map(words, texts) for pair in pairwise(text)]
     return len(set(pairs)) / max(len(pairs), 1)
 
 
 def repetition(texts):
     """Share of the words that their text had before: near 1 for "great great great"."""
-    counts = [(len(text), len(set(text))) for text in map(words, texts)]
-    return 1 - sum(different for _, different in counts) / max(sum(n for n, _ in counts), 1)
+    split = [words(text) for text in texts]
+    repeats = sum(len(text) - len(set(text)) for text in split)
+    return repeats / max(sum(map(len, split)), 1)
 
 
 def evaluate_texts(policy, reference, prompts, prompt_mask, tokenizer, args):
-    """Metrics and texts of responses to prompts taken in turn, with the same noise at each call."""
-    generator = torch.Generator().manual_seed(args.seed)
-    rows = torch.arange(args.eval_samples) % len(prompts)
-    noise = torch.rand(
-        args.eval_samples, args.response_length, generator=generator, dtype=torch.float64
-    )
-    x, real = prompts[rows], prompt_mask[rows]
-    eos = policy.config.eos_token_id
+    """Metrics, prompts, responses, scores; prompts in turn, with the same noise at each call."""
+    generator, rows = torch.Generator().manual_seed(args.seed), torch.arange(args.eval_samples)
+    noise = torch.rand(len(rows), args.response_length, generator=generator, dtype=torch.float64)
+    x, real = prompts[rows % len(prompts)], prompt_mask[rows % len(prompts)]
     responses, _, logprobs, ref_logprobs, _, entropy = rollout(
         policy, None, reference, x, real, noise, args
     )
-    mask = real_mask(responses, eos)
-    heads, texts = decode_responses(tokenizer, x, real, responses, eos)
+    mask = real_mask(responses, policy.config.eos_token_id)
+    heads, texts = decode_responses(tokenizer, x, real, responses, policy.config.eos_token_id)
     scores = torch.tensor(REWARDS[args.reward](heads, texts))
     metrics = {"reward": scores.mean(), "reward_se": scores.std() / len(scores) ** 0.5}
     metrics |= {"kl": masked_sum(logprobs - ref_logprobs, mask).mean()}
@@ -804,6 +802,15 @@ def evaluate_texts(policy, reference, prompts, prompt_mask, tokenizer, args):
     metrics = {name: value.item() for name, value in metrics.items()}
     metrics |= {"distinct_2": distinct_2(texts), "repetition": repetition(texts)}
     return metrics, heads, texts, scores.tolist()
+
+
+def describe(results, name, title):
+    """One line on what training did to the responses to one group of prompts."""
+    r = {key.removeprefix(name): value for key, value in results.items() if key.startswith(name)}
+    line = f"{title}: reward {r['reward_before']:.2f} ± {r['reward_se_before']:.2f} -> "
+    line += f"{r['reward']:.2f} ± {r['reward_se']:.2f}  win rate {r['win_rate']:.2f}  KL "
+    line += f"{r['kl']:.2f}  distinct-2 {r['distinct_2_before']:.3f} -> {r['distinct_2']:.3f}"
+    return f"{line}  repetition {r['repetition_before']:.3f} -> {r['repetition']:.3f}"
 
 
 # ------------------------------------------------------------------ Training
@@ -866,15 +873,17 @@ def write(writer, group, metrics, step):
         writer.add_scalar(f"{group}/{name}", value, step)
 
 
-def save_checkpoint(path, state):
+def save_checkpoint(path, state, args):
     """Write a checkpoint, whole or not at all."""
+    paths = {name: str(value) for name, value in asdict(args).items() if isinstance(value, Path)}
+    state = state | {"args": asdict(args) | dict.fromkeys(paths), "paths": paths}
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             torch.save(state, file)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # on the disk before it has the name
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # a full disk
         part.unlink(missing_ok=True)
@@ -899,30 +908,28 @@ def main(args: Args) -> dict[str, float]:
         state, args = load_checkpoint(resumed)
         check_args(args)
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if processes > 1 and not dist.is_initialized():
+    if processes > 1:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    device = args.device
     torch.manual_seed(args.seed)
 
-    # The model, and the settings that fit it.
-    embedded = args.model == "embedded"
+    # The model, the settings that fit it, the prompts.
+    device, embedded = args.device, args.model == "embedded"
     if state is not None:
-        train_texts, held_out_texts = state["prompts"]
         policy, tokenizer = GPT2(Config(**state["config"])), Tokenizer.from_str(state["tokenizer"])
+        lines = state["prompts"]
     else:
-        train_texts, held_out_texts = read_prompts(args.prompts)
+        lines = read_prompts(args.prompts)
         sentences = write_sentences(8_000, args.seed) if embedded else None
         policy, tokenizer = embedded_gpt2(sentences) if embedded else load_gpt2(args.model)
-    config = policy.config
+    config, eos = policy.config, policy.config.eos_token_id
     large = sum(p.numel() for p in policy.parameters()) > 20e6
-    # Tried at widths of 64 (4e-5 is best of 2e-4, 4e-5) only; at 768, 1e-5 is what others use.
-    defaults = {"learning_rate": 3e-4 if embedded else 3.2e-4 / config.n_embd**0.5}
-    defaults |= {"batch_size": 32 if large else 64, "total_episodes": 6_400 if large else 2_560}
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    # Measured 64 wide, where 2e-4 breaks a loaded model; 768 wide this is 1.2e-5, a usual value.
+    fitting = {"learning_rate": 3e-4 if embedded else 3.2e-4 / config.n_embd**0.5}
+    fitting |= {"batch_size": 32 if large else 64, "total_episodes": 6_400 if large else 2_560}
+    unset = {name: value for name, value in fitting.items() if getattr(args, name) is None}
+    args = replace(args, **unset)
     size, part = args.batch_size, args.batch_size // args.num_minibatches
     check(args, "total_episodes", lambda v: v >= size, f"is less than one --batch-size {size}")
     check(args, "num_minibatches", lambda v: size % v == 0, f"must divide --batch-size {size}")
@@ -930,54 +937,43 @@ def main(args: Args) -> dict[str, float]:
     check(args, "num_minibatches", lambda v: part % processes == 0, why)
     why = f"must be a multiple of the {processes} processes"
     check(args, "eval_samples", lambda v: v % processes == 0, why)
-    texts = {"training": train_texts, "held-out": held_out_texts}
-    room = config.n_positions - args.response_length
-    encoded = {}
-    for group, lines in texts.items():
-        encoded[group] = encode_prompts(tokenizer, lines, config.bos_token_id)
-        longest = encoded[group][1].sum(1).max().item()
-        if longest > room:
-            line = lines[encoded[group][1].sum(1).argmax().item()]
-            why = f"{longest} tokens with --response-length {args.response_length} are more than"
-            stop(f"prompt {line[:40]!r}: {why} the context of {config.n_positions}; shorten either")
-    policy = policy.to(device)
+    groups = {}
+    for name, texts in zip(("", "held_out_"), lines, strict=True):
+        prompts, prompt_mask = encode_prompts(tokenizer, texts, config.bos_token_id)
+        groups[name], lengths = (prompts.to(device), prompt_mask.to(device)), prompt_mask.sum(1)
+        if lengths.max() + args.response_length > config.n_positions:
+            why = f"and {args.response_length} of --response-length exceed {config.n_positions}"
+            longest = f"prompt {texts[lengths.argmax()][:40]!r}: its {lengths.max()} tokens"
+            stop(f"{longest} {why}, the context of the model; shorten either")
+
+    # Policy, reference, critic: made, or as they were at the checkpoint.
+    script, count = Path(__file__).stem, sum(p.numel() for p in policy.parameters())
+    if rank == 0:
+        print(f"{script}.py: {device}, seed {args.seed}, {count:,} parameters", flush=True)
+    policy.to(device)
     if embedded and state is None:
         pretrain(policy, tokenizer, sentences, args.pretrain_steps)
+    for parameter in policy.parameters() if processes > 1 else ():
+        dist.broadcast(parameter.data, 0)
     reference = copy.deepcopy(policy).requires_grad_(False)
     critic = Critic(policy, args.separate_critic).to(device)
     parameters = [*policy.parameters(), *critic.parameters()]
-    optimizer = torch.optim.AdamW(
-        [{"params": [*model.parameters()]} for model in (policy, critic)],
-        betas=(0.9, 0.99),
-        fused=True,
-    )
+    two = [{"params": [*model.parameters()]} for model in (policy, critic)]
+    optimizer = torch.optim.AdamW(two, betas=(0.9, 0.99), fused=True)
     adaptive_kl = AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
-    (train_prompts, train_mask), held_out = encoded["training"], encoded["held-out"]
-    groups = {"": encoded["training"], "held_out_": held_out}
-
-    script, count = Path(__file__).stem, sum(p.numel() for p in parameters)
-    run = resumed or Path(f"runs/{script}__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}")
-    first = 1
+    learners = {"policy": policy, "reference": reference, "critic": critic, "optimizer": optimizer}
+    first, run = 1, Path(f"runs/{script}__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}")
     if state is not None:
-        policy.load_state_dict(state["policy"])
-        reference.load_state_dict(state["reference"])
-        critic.load_state_dict(state["critic"])
-        optimizer.load_state_dict(state["optimizer"])
-        adaptive_kl.coef, first = state["kl_coef"], state["rollout"] + 1
+        for name, learner in learners.items():
+            learner.load_state_dict(state[name])
+        adaptive_kl.coef, before, run = state["kl_coef"], state["before"], resumed
+        first = state["rollout"] + 1
         torch.set_rng_state(state["rng"])
-        before = state["before"]
     else:
-        for parameter in parameters if processes > 1 else ():
-            dist.broadcast(parameter.data, 0)
-        before = {
-            name: evaluate_texts(reference, reference, *data, tokenizer, args)
-            for name, data in groups.items()
-        }
-    if rank == 0:
-        print(f"{script}.py: {device}, seed {args.seed}, {count:,} parameters")
-    writer = None
-    if args.tensorboard and rank == 0:
-        writer = SummaryWriter(str(run), purge_step=(first - 1) * size + 1 if state else None)
+        frozen = reference, reference
+        before = {k: evaluate_texts(*frozen, *v, tokenizer, args) for k, v in groups.items()}
+    purge = (first - 1) * args.batch_size + 1 if state is not None else None
+    writer = SummaryWriter(str(run), purge_step=purge) if args.tensorboard and rank == 0 else None
     num_rollouts, begin = args.total_episodes // size, time.perf_counter()
     for step in range(first, num_rollouts + 1):
         remaining = 1 - (step - 1) / num_rollouts
@@ -986,17 +982,15 @@ def main(args: Args) -> dict[str, float]:
             group["lr"] = learning_rate * factor  # the critic starts from nothing
 
         # Rollout. All processes draw the same random numbers and end up with the same tensors.
-        rows = torch.randint(len(train_prompts), (size,))
+        prompts, prompt_mask = groups[""]
+        rows = torch.randint(len(prompts), (size,))
         noise = torch.rand(size, args.response_length, dtype=torch.float64)
-        prompts, prompt_mask = train_prompts[rows], train_mask[rows]  # (B, P)
+        prompts, prompt_mask = prompts[rows], prompt_mask[rows]  # (B, P)
         responses, allowed, old_logprobs, ref_logprobs, old_values, _ = rollout(
             policy, critic, reference, prompts, prompt_mask, noise, args
         )  # (B, R)
-        prompts, prompt_mask = prompts.to(device), prompt_mask.to(device)
-        mask = real_mask(responses, config.eos_token_id)
-        heads, texts = decode_responses(
-            tokenizer, prompts, prompt_mask, responses, config.eos_token_id
-        )
+        mask = real_mask(responses, eos)
+        heads, texts = decode_responses(tokenizer, prompts, prompt_mask, responses, eos)
         scores = torch.tensor(REWARDS[args.reward](heads, texts), device=device)  # (B,)
 
         # Advantages: what each token earned beyond what the critic expected.
@@ -1034,7 +1028,7 @@ def main(args: Args) -> dict[str, float]:
                 for name, value in new.items():
                     metrics[name] = metrics.get(name, 0.0) + weight * value.detach()
             add_up([*(p.grad for p in parameters), *metrics.values()])
-            if args.target_kl is not None and metrics["approx_kl"] > args.target_kl:
+            if updates and args.target_kl is not None and metrics["approx_kl"] > args.target_kl:
                 break
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
@@ -1051,35 +1045,22 @@ def main(args: Args) -> dict[str, float]:
         charts = {"score": scores.mean(), "score_std": scores.std(), "kl": kl}
         charts |= {"response_length": mask.sum(1).float().mean(), "learning_rate": learning_rate}
         charts |= {"kl_coef": kl_coef, "distinct_2": distinct_2(texts)}
-        charts["eos_rate"] = (responses == config.eos_token_id).any(1).float().mean()
+        charts["eos_rate"] = (responses == eos).any(1).float().mean()
         episodes, seconds = step * size, time.perf_counter() - begin
         speed = (step - first + 1) * size / seconds
-        left = (num_rollouts - step) * size / speed
-        charts["episodes_per_second"] = speed
+        left, charts["episodes_per_second"] = (num_rollouts - step) * size / speed, speed
         write(writer, "losses", losses, episodes)
         write(writer, "charts", charts, episodes)
         if writer:
-            writer.add_text("texts", "\n\n".join(map("".join, zip(heads[:4], texts))), episodes)
+            samples = zip(heads[:4], texts[:4], strict=True)
+            writer.add_text("texts", "\n\n".join(map("".join, samples)), episodes)
         every = args.checkpoint_every
         if every is not None and rank == 0 and (step % every == 0 or step == num_rollouts):
-            save_checkpoint(
-                run / "checkpoint.pt",
-                {
-                    "args": {k: v for k, v in asdict(args).items() if not isinstance(v, Path)},
-                    "paths": {k: str(v) for k, v in asdict(args).items() if isinstance(v, Path)},
-                    "config": asdict(config),
-                    "tokenizer": tokenizer.to_str(),
-                    "prompts": [train_texts, held_out_texts],
-                    "policy": policy.state_dict(),
-                    "reference": reference.state_dict(),
-                    "critic": critic.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "kl_coef": adaptive_kl.coef,
-                    "rollout": step,
-                    "rng": torch.get_rng_state(),
-                    "before": before,
-                },
-            )
+            state = {name: learner.state_dict() for name, learner in learners.items()}
+            state |= {"rollout": step, "kl_coef": adaptive_kl.coef, "rng": torch.get_rng_state()}
+            state |= {"config": asdict(config), "tokenizer": tokenizer.to_str()}
+            state |= {"prompts": list(lines), "before": before}
+            save_checkpoint(run / "checkpoint.pt", state, args)
         if rank == 0 and (step % max(1, num_rollouts // 20) == 0 or step == num_rollouts):
             line = f"{step / num_rollouts:4.0%}  score {scores.mean():6.2f}  KL {kl:6.2f}"
             print(f"{line}  {speed:6,.1f} episodes/s  {left:3.0f} s left", flush=True)
@@ -1091,10 +1072,14 @@ def main(args: Args) -> dict[str, float]:
         results |= {f"{name}{key}": value for key, value in new[0].items()}
         wins = [(a > b) + (a == b) / 2 for a, b in zip(new[3], old[3], strict=True)]
         results[f"{name}win_rate"] = sum(wins) / len(wins)
+        pairs = [
+            f"{head} ...\n  before:{a!r}\n  after: {b!r}"
+            for head, a, b in zip(new[1], old[2], new[2], strict=True)
+        ]
         if rank == 0:
-            print("\nHeld-out prompts" if name else "\nTraining prompts")
-            for head, a, b in list(zip(new[1], old[2], new[2], strict=True))[:4]:
-                print(f"  {head} ...\n    before:{a!r}\n    after: {b!r}")
+            print("", *pairs[:5], sep="\n")
+        if writer:
+            writer.add_text(f"{name}texts", "\n\n".join(pairs[:32]), num_rollouts * size)
     if writer:
         flags = "".join(f"|{flag}|{value}|\n" for flag, value in asdict(args).items())
         writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}")
@@ -1104,24 +1089,8 @@ def main(args: Args) -> dict[str, float]:
         save_gpt2(policy, tokenizer, args.save_dir)
     results["seconds"] = time.perf_counter() - start
     if rank == 0:
-        for name, title in (("", "reward"), ("held_out_", "held-out")):
-            r = {
-                key: results[name + key]
-                for key in (
-                    "reward",
-                    "reward_se",
-                    "reward_before",
-                    "reward_se_before",
-                    "kl",
-                    "distinct_2_before",
-                    "distinct_2",
-                    "repetition_before",
-                    "repetition",
-                    "win_rate",
-                )
-            }
-            print(r)
-        print(results["seconds"])
+        print("\n" + describe(results, "", "training"))
+        print(describe(results, "held_out_", "held-out") + f"  {results['seconds']:.1f} s")
     return results
 
 
