@@ -840,6 +840,17 @@ def token_entropy(logits):
     return -(logprobs.exp() * logprobs).sum(2)
 
 
+def assess(policy, critic, prompts, prompt_mask, responses, allowed, args):
+    """Log-probabilities, values (None without a critic) and entropies of responses, (B, R)."""
+    with precision(args):
+        states = continuation_states(policy, prompts, prompt_mask, responses)
+        values = None if critic is None else critic(states, prompts, prompt_mask, responses)
+        logits = response_logits(policy, states, args.temperature, allowed)
+    logprobs = token_logprobs(logits, responses)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and args.ent_coef > 0):  # or only logged
+        return logprobs, values, token_entropy(logits)
+
+
 @torch.no_grad()
 def rollout(policy, critic, reference, prompts, prompt_mask, noise, args):
     """Sample responses and note what the models think of them, each process of its share.
@@ -847,21 +858,14 @@ def rollout(policy, critic, reference, prompts, prompt_mask, noise, args):
     Returns responses, the sets they were drawn from or None, log-probabilities of the policy and of
     the reference, values (None without a critic) and entropies, of all processes.
     """
-    device, parts = args.device, []
-    tensors = [share(x).to(device) for x in (prompts, prompt_mask, noise)]
-    size = args.micro_batch_size or len(tensors[0])
+    tensors, parts = [share(x).to(args.device) for x in (prompts, prompt_mask, noise)], []
+    size = args.micro_batch_size or len(noise)
     for x, real, u in zip(*(tensor.split(size) for tensor in tensors), strict=True):
+        drawn_from = args.temperature, args.top_k, args.top_p
         with precision(args):
-            y, allowed = sample_responses(
-                policy, x, real, u, args.temperature, args.top_k, args.top_p
-            )
-            states = continuation_states(policy, x, real, y)
-            values = None if critic is None else critic(states, x, real, y)
-            logits = response_logits(policy, states, args.temperature, allowed)
-            logprobs, entropy = token_logprobs(logits, y), token_entropy(logits)
-            states = continuation_states(reference, x, real, y)
-            logits = response_logits(reference, states, args.temperature, allowed)
-            ref_logprobs = token_logprobs(logits, y)
+            y, allowed = sample_responses(policy, x, real, u, *drawn_from)
+        logprobs, values, entropy = assess(policy, critic, x, real, y, allowed, args)
+        ref_logprobs = assess(reference, None, x, real, y, allowed, args)[0]
         parts.append((y, allowed, logprobs, ref_logprobs, values, entropy))
     columns = [None if c[0] is None else torch.cat(c) for c in zip(*parts, strict=True)]
     return [gather(column) for column in columns]
@@ -1012,15 +1016,10 @@ def main(args: Args) -> dict[str, float]:
             for rows in share(minibatch).split(args.micro_batch_size or part):
                 x, x_real, y, real, old, old_v, adv, ret = (tensor[rows] for tensor in data)
                 kept = None if allowed is None else allowed[rows]
-                with precision(args):
-                    states = continuation_states(policy, x, x_real, y)
-                    values = critic(states, x, x_real, y)
-                    logits = response_logits(policy, states, args.temperature, kept)
-                logprobs = token_logprobs(logits, y)
+                logprobs, values, entropy = assess(policy, critic, x, x_real, y, kept, args)
                 pg_loss, new = policy_loss(logprobs, old, adv, real, args.clip_coef)
                 vf_loss = value_loss(values, old_v, ret, real, args.vf_clip_coef)
-                with torch.set_grad_enabled(args.ent_coef > 0):
-                    entropy = masked_sum(token_entropy(logits), real).mean()
+                entropy = masked_sum(entropy, real).mean()
                 loss = pg_loss + args.vf_coef * vf_loss - args.ent_coef * entropy
                 weight = len(rows) / part  # the losses are means over responses
                 (weight * loss).backward()
