@@ -364,13 +364,15 @@ def test_saving_overwrites_nothing(tmp_path, capsys):
 
 def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, capsys):
     path = tmp_path / "runs" / "one" / "checkpoint.pt"
-    gpt2.save_checkpoint(path, {"rollout": 1, "policy": torch.zeros(30_000)})
+    args = gpt2.Args(seed=3, prompts=Path("a", "b"), top_p=0.5)
+    gpt2.save_checkpoint(path, {"rollout": 1, "policy": torch.zeros(30_000)}, args)
     with full_disk(50_000), pytest.raises(SystemExit) as stop:
-        gpt2.save_checkpoint(path, {"rollout": 2, "policy": torch.zeros(30_000)})
+        gpt2.save_checkpoint(path, {"rollout": 2, "policy": torch.zeros(30_000)}, args)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and "checkpoint" in error
     assert os.listdir(path.parent) == ["checkpoint.pt"]
-    assert torch.load(path, weights_only=True)["rollout"] == 1
+    state, same = gpt2.load_checkpoint(path.parent)
+    assert state["rollout"] == 1 and same == args
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", None])

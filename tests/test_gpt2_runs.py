@@ -486,6 +486,21 @@ def test_two_processes_do_what_one_does(tmp_path, default_result):
     assert sorted(os.listdir(tmp_path)) == ["one", "runs", "two"]
 
 
+# ---------------------------------------------------------------- Half precision
+
+
+def test_bfloat16_keeps_logprobs_values_and_losses_in_float32(monkeypatch, default_result):
+    """On the processor, where it is no use but runs: rounded, and no less careful than that."""
+    monkeypatch.setattr(gpt2, "check_args", lambda args: None)
+    rollouts, losses = spy(monkeypatch, "rollout"), spy(monkeypatch, "policy_loss")
+    result = run(bf16=True, separate_critic=True)
+    assert result != default_result and all(map(math.isfinite, result.values()))
+    assert all(x is None or x.dtype == torch.float32 for _, found, _ in rollouts for x in found[2:])
+    for (logprobs, old, *_), (loss, _), _ in losses:
+        assert logprobs.dtype == old.dtype == loss.dtype == torch.float32
+    assert losses[0][1][1]["ratio"] == pytest.approx(1, abs=0.02)
+
+
 # ---------------------------------------------------------------- Wrong values
 
 
