@@ -136,12 +136,12 @@ OPENINGS += [f"{who} feel {mood} when" for who in ("I", "We") for mood in ("happ
 OPENINGS += [f"The {which} part about this is" for which in ("best", "worst", "odd")]
 OPENINGS += [f"I {verb} how" for verb in ("love", "hate", "see")]
 OPENINGS += [f"My {person} says that" for person in ("friend", "sister", "teacher")]
-FEELINGS = [  # adjectives of things, moods of people, verbs: good, bad and neither, equally often
-    ["good great excellent wonderful amazing awesome fun super incredible perfect", "happy glad"],
-    ["bad awful terrible horrible lame gross cold broken late dull", "sad upset angry"],
-    ["small big old new green quiet short plain red simple", "calm quiet surprised"],
+FEELINGS = [  # adjectives, moods, verbs: good, bad and neither, equally often
+    "good great excellent wonderful amazing awesome fun super incredible perfect; happy glad; "
+    "love like",
+    "bad awful terrible horrible lame gross cold broken late dull; sad upset angry; hate fear",
+    "small big old new green quiet short plain red simple; calm quiet surprised; see know",
 ]
-VERBS = "love like", "hate fear", "see know"
 CLAUSES = [
     "the {thing} {is} {adjective}",
     "the {thing} {is} really {adjective}",
@@ -167,14 +167,13 @@ def write_sentences(count, seed):
         opening = rng.choice(OPENINGS)
         text, past = opening, "was" in opening
         for clause in range(rng.choice([1, 2, 2, 3])):
-            feeling = rng.randrange(3)
+            feeling = [words.split() for words in FEELINGS[rng.randrange(3)].split(";")]
             slots = {name: rng.choice(words) for name, words in WORDS.items()}
             slots |= {name: forms[past] for name, forms in TENSES.items()}
-            slots |= {"adjective": rng.choice(FEELINGS[feeling][0].split())}
-            slots |= {"mood": rng.choice(FEELINGS[feeling][1].split())}
-            slots |= {"verb": rng.choice(VERBS[feeling].split())}
-            first = " that " if opening.endswith(" is") else " "
-            text += rng.choice([" and ", ", but ", " while "]) if clause else first
+            kinds = zip(("adjective", "mood", "verb"), feeling, strict=True)
+            slots |= {kind: rng.choice(words) for kind, words in kinds}
+            start = " that " if opening.endswith(" is") else " "
+            text += rng.choice([" and ", ", but ", " while "]) if clause else start
             text += rng.choice(CLAUSES).format(**slots)
         sentences.append(re.sub(r"\ba (?=[aeiou])", "an ", text) + ".")
     return sentences
@@ -197,13 +196,12 @@ def read_prompts(path):
     return [line for i, line in enumerate(lines) if i % 5 != 4], held_out or others[:10]
 
 
-# fmt: off
-POSITIVE = {"good": 1, "great": 2, "excellent": 3, "wonderful": 3, "amazing": 3, "happy": 2,
-            "glad": 1, "love": 3, "like": 1, "awesome": 2, "fun": 2, "super": 2, "incredible": 3,
-            "perfect": 3}
-NEGATIVE = {"bad": 1, "awful": 2, "terrible": 3, "angry": 2, "horrible": 3, "lame": 1, "hate": 3,
-            "gross": 2, "sad": 1, "upset": 2}
-# fmt: on
+POSITIVE = dict.fromkeys("good glad like".split(), 1)
+POSITIVE |= dict.fromkeys("great happy awesome fun super".split(), 2)
+POSITIVE |= dict.fromkeys("excellent wonderful amazing love incredible perfect".split(), 3)
+NEGATIVE = dict.fromkeys("bad lame sad".split(), 1)
+NEGATIVE |= dict.fromkeys("awful angry gross upset".split(), 2)
+NEGATIVE |= dict.fromkeys("terrible horrible hate".split(), 3)
 
 
 def words(text):
@@ -425,24 +423,21 @@ def fetch(name, *files):
 
 def read_config(raw):
     """The Config in config.json's dictionary; ValueError if this GPT-2 is not ours."""
-    kinds = {f.name: f.type for f in fields(Config)}
-    wanted = {"model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"]}
-    wanted |= {"scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False]}
-    wanted |= {"tie_word_embeddings": [True], "add_cross_attention": [False]}
-    width = raw.get("n_embd", 768)
-    wanted["n_inner"] = [None, 4 * width]
-    defaults = {"model_type": None, "activation_function": "gelu_new", "n_inner": None}
-    for key, values in wanted.items():
-        value = raw.get(key, defaults.get(key, values[0]))
-        if value not in values:
-            raise ValueError(f"{key} is {value!r}, and only {values[-1]!r} is known here")
     # What config.json leaves out is as in the first GPT-2.
     config = Config(50257, 1024, 768, 12, 12, 1e-5, 50256, 50256)
-    for key, kind in kinds.items():
-        value = raw.get(key, getattr(config, key))
-        if type(value) not in (int, kind) or value < 0:
-            raise ValueError(f"{key} is {value!r}, not {kind.__name__}")
-        setattr(config, key, value)
+    for field in fields(Config):
+        value = raw.get(field.name, getattr(config, field.name))
+        if type(value) not in (int, field.type) or value < 0:
+            raise ValueError(f"{field.name} is {value!r}, not {field.type.__name__}")
+        setattr(config, field.name, value)
+    known = {"model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"]}
+    known |= {"n_inner": [None, 4 * config.n_embd], "tie_word_embeddings": [True]}
+    known |= {"scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False]}
+    known |= {"add_cross_attention": [False]}
+    for key, values in known.items():
+        value = raw.get(key, None if key == "model_type" else values[0])
+        if value not in values:
+            raise ValueError(f"{key} is {value!r}, and only {values[-1]!r} is known here")
     if min(config.n_layer, config.n_head, config.n_embd, config.n_positions) < 1:
         raise ValueError("a size is 0")
     if config.n_embd % config.n_head:
@@ -488,11 +483,10 @@ def convert_weights(weights, policy):
     return converted
 
 
-def read_tokenizer(path, name):
-    """The tokenizer in tokenizer.json, or in vocab.json and the merges.txt beside it."""
-    if path.name == "tokenizer.json":
+def read_tokenizer(path, merges):
+    """The tokenizer in tokenizer.json, or in vocab.json and merges.txt."""
+    if merges is None:
         return Tokenizer.from_file(str(path))
-    merges = fetch(name, "merges.txt")
     tokenizer = Tokenizer(models.BPE.from_file(str(path), str(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -502,23 +496,25 @@ def read_tokenizer(path, name):
 
 def load_gpt2(name):
     """Policy and tokenizer in a directory, or of that name on the hub, which keeps a copy here."""
-    path, policy, tokenizer = None, None, None
-    try:
-        for files in (
-            ("config.json",),
-            ("model.safetensors", "pytorch_model.bin"),
-            ("tokenizer.json", "vocab.json"),
-        ):
-            path = fetch(name, *files)
+    paths = {}
+    for kind, files in (
+        ("config", ["config.json"]),
+        ("weights", ["model.safetensors", "pytorch_model.bin"]),
+        ("tokenizer", ["tokenizer.json", "vocab.json"]),
+        ("merges", ["merges.txt"]),  # beside a vocab.json
+    ):
+        if kind != "merges" or paths["tokenizer"].name == "vocab.json":
+            paths[kind] = path = fetch(name, *files)
             if path is None:
                 stop(f"--model {name}: has no {' or '.join(files)}; {OTHERWISE}")
-            if path.name == "config.json":
-                with torch.device("meta"):
-                    policy = GPT2(read_config(json.loads(path.read_text(encoding="utf-8"))))
-            elif path.name in ("model.safetensors", "pytorch_model.bin"):
-                policy.load_state_dict(convert_weights(read_weights(path), policy), assign=True)
-            else:
-                tokenizer = read_tokenizer(path, name)
+    try:
+        path = paths["config"]
+        with torch.device("meta"):
+            policy = GPT2(read_config(json.loads(path.read_text(encoding="utf-8"))))
+        path = paths["weights"]
+        policy.load_state_dict(convert_weights(read_weights(path), policy), assign=True)
+        path = paths["tokenizer"]
+        tokenizer = read_tokenizer(path, paths.get("merges"))
     except Exception as error:  # parsers of broken files raise all sorts
         stop(f"--model {name}: {path.name} is of no use ({first_line(error)}); {OTHERWISE}")
     size, rows = tokenizer.get_vocab_size(), policy.config.vocab_size
@@ -615,6 +611,7 @@ def sample_responses(policy, prompts, prompt_mask, noise, temperature=1.0, top_k
         logits = filter_logits(policy.head(states[:, -1]).float(), temperature, top_k, top_p)
         total = logits.softmax(1).cumsum(1, dtype=torch.float64)  # (B, V)
         tokens = torch.searchsorted(total, u * total[:, -1:], right=True)  # (B, 1)
+        tokens = tokens.clamp(max=logits.shape[1] - 1)  # the last, too, where all is NaN
         tokens = torch.where(ended, eos, tokens)  # EOS ends a response; as padding it fills it up
         ended = ended | (tokens == eos)
         responses.append(tokens)
