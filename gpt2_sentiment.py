@@ -121,8 +121,8 @@ def check_args(args):
     usable = os.path.isdir(runs) and os.access(runs, os.W_OK)
     check(args, "tensorboard", lambda v: usable or not v, "cannot fill runs/; use --no-tensorboard")
     check(args, "checkpoint_every", lambda v: usable, "cannot fill runs/; leave it out")
-    why = "cannot be written; name a new folder in a folder that exists"
-    check(args, "save_dir", lambda v: os.access(v.absolute().parent, os.W_OK), why)
+    why = "cannot be made; name a new folder in a folder that exists"
+    check(args, "save_dir", lambda v: v.parent.is_dir() and os.access(v.parent, os.W_OK), why)
     why = "is there already; name a new folder"
     check(args, "save_dir", lambda v: not os.path.lexists(v), why)
 
