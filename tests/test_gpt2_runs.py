@@ -652,6 +652,21 @@ def test_training_prompts_are_what_is_trained_on(monkeypatch):
     assert set(held_out) <= seen[False] and not set(held_out) & seen[True]
 
 
+def test_the_first_step_is_as_long_as_the_learning_rate(monkeypatch):
+    """Adam's first step is the learning rate, for each weight; the critic's is ten times that."""
+    seen = spy(
+        monkeypatch,
+        "clip_grad_norm_",
+        torch.nn.utils,
+        lambda parameters, *a: [p.detach().clone() for p in parameters],
+    )
+    run(num_minibatches=1, total_episodes=8)  # one rollout: the rate has only fallen to its end
+    (_, _, start), (_, _, end) = seen
+    *policy, weight, bias = [(b - a).abs().max().item() for a, b in zip(start, end, strict=True)]
+    assert max(policy) == pytest.approx(3e-3, rel=0.02)  # weight decay adds a little
+    assert weight == pytest.approx(3e-2, rel=1e-3) and bias == pytest.approx(3e-2, rel=1e-3)
+
+
 def test_evaluations_before_and_after_use_the_same_noise(monkeypatch, default_result):
     """With a learning rate that changes nothing the texts are the same: half of all is won."""
     result = run(learning_rate=1e-12)
@@ -661,9 +676,17 @@ def test_evaluations_before_and_after_use_the_same_noise(monkeypatch, default_re
     assert default_result["reward"] != default_result["reward_before"]
 
 
-def test_results_are_what_the_texts_say(monkeypatch):
+def test_results_are_what_the_texts_say(monkeypatch, capsys):
     calls = spy(monkeypatch, "evaluate_texts")
     result = run(eval_samples=12)
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    for line, group, prefix in zip(lines, ("training", "held-out"), ("", "held_out_"), strict=True):
+        r = {key: result[prefix + key] for key in result if prefix + key in result}
+        said = f"{group}: reward {r['reward_before']:.2f} ± {r['reward_se_before']:.2f} -> "
+        assert line.startswith(said + f"{r['reward']:.2f} ± {r['reward_se']:.2f}  ")
+        assert f"win rate {r['win_rate']:.2f}" in line and f"KL {r['kl']:.2f}" in line
+        assert f"distinct-2 {r['distinct_2_before']:.3f} -> {r['distinct_2']:.3f}" in line
+        assert f"repetition {r['repetition_before']:.3f} -> {r['repetition']:.3f}" in line
     assert len(calls) == 4
     for prefix in ("", "held_out_"):
         pair = [c for c in calls if (len(c[0][2]) == 10) == bool(prefix)]
@@ -716,6 +739,7 @@ def test_program_in_a_shell(tmp_path):
     )
     tags = events.Tags()
     wanted = {f"charts/{t}" for t in charts.split()} | {f"losses/{t}" for t in losses.split()}
+    wanted |= {f"eval/{name}" for name in ("reward", "held_out_reward", "kl", "win_rate")}
     assert wanted <= set(tags["scalars"])
     texts = [tag for tag in tags["tensors"] if "hyperparameters" not in tag]
     assert texts and len(texts) < len(tags["tensors"])
