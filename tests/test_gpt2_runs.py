@@ -588,14 +588,16 @@ def test_prompts_longer_than_the_context(tmp_path, capsys):
     assert os.listdir() == ["prompts"]
 
 
-def test_a_prompt_that_just_fits_is_used(tmp_path):
+def test_a_prompt_that_just_fits_is_used_and_one_token_more_is_not(tmp_path, capsys):
     _, tokenizer = gpt2.load_gpt2(str(TINY))
-    prompt = "Yes" + "!" * 40
-    while len(tokenizer.encode(prompt).ids) + 1 > 40 - 5:
-        prompt = prompt[:-1]
-    (tmp_path / "prompts").write_text(prompt)
-    (tmp_path / "held").write_text("a\nb\nc\nd\n" + prompt)
-    run(prompts=tmp_path / "prompts"), run(prompts=tmp_path / "held")
+    prompt = "Yes" + "!" * 32  # with bos 40 - 5 tokens
+    assert len(tokenizer.encode(prompt).ids) == 34
+    train, held_out = tmp_path / "train", tmp_path / "held_out"
+    train.write_text(prompt), held_out.write_text("a\nb\nc\nd\n" + prompt)
+    run(prompts=train), run(prompts=held_out)
+    train.write_text(prompt + "!"), held_out.write_text("a\nb\nc\nd\n" + prompt + "!")
+    stops(SMALL | {"prompts": train}, "--response-length", capsys)
+    stops(SMALL | {"prompts": held_out}, "--response-length", capsys)
 
 
 def test_a_file_named_runs_is_in_the_way(tmp_path, capsys):
@@ -677,8 +679,21 @@ def test_evaluations_before_and_after_use_the_same_noise(monkeypatch, default_re
 
 
 def test_results_are_what_the_texts_say(monkeypatch, capsys):
-    calls = spy(monkeypatch, "evaluate_texts")
-    result = run(eval_samples=12)
+    calls, rollouts = spy(monkeypatch, "evaluate_texts"), spy(monkeypatch, "rollout")
+    result = run(eval_samples=12, response_length=8)
+    rollouts = [found for arguments, found, _ in rollouts if arguments[1] is None]
+    for found, ((*_,), (metrics, *_), _) in zip(rollouts, calls, strict=True):
+        responses, _, logprobs, ref_logprobs, _, entropy = [
+            x if x is None else x.tolist() for x in found
+        ]
+        lengths = [min([*y, EOS].index(EOS) + 1, 8) for y in responses]
+        ratios = [
+            sum(a[:n]) - sum(b[:n]) for a, b, n in zip(logprobs, ref_logprobs, lengths, strict=True)
+        ]
+        assert metrics["kl"] == pytest.approx(sum(ratios) / 12, abs=1e-4)
+        entropies = [sum(row[:n]) for row, n in zip(entropy, lengths, strict=True)]
+        assert metrics["entropy"] == pytest.approx(sum(entropies) / 12, rel=1e-4)
+        assert metrics["length"] == pytest.approx(sum(lengths) / 12)
     lines = capsys.readouterr().out.splitlines()[-2:]
     for line, group, prefix in zip(lines, ("training", "held-out"), ("", "held_out_"), strict=True):
         r = {key: result[prefix + key] for key in result if prefix + key in result}
