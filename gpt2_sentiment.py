@@ -365,7 +365,7 @@ def train_tokenizer(sentences, vocab_size):
 
 def embedded_gpt2(sentences):
     """A small GPT-2 with random weights, and a tokenizer trained on the sentences."""
-    tokenizer = train_tokenizer(sentences, 640)
+    tokenizer = train_tokenizer(sentences, 640)  # more than it finds: every word becomes a token
     policy = GPT2(Config(vocab_size=tokenizer.get_vocab_size()))
     for name, parameter in policy.named_parameters():
         if parameter.dim() == 2:  # as Radford et al. 2019: smaller where the layers' outputs add up
@@ -1028,6 +1028,7 @@ def main(args: Args) -> dict[str, float]:
                 new |= {"policy_loss": pg_loss, "value_loss": vf_loss, "entropy": entropy}
                 for name, value in new.items():
                     metrics[name] = metrics.get(name, 0.0) + weight * value.detach()
+            # Losses and gradients are exact sums; means over tokens count each part alike.
             add_up([*(p.grad for p in parameters), *metrics.values()])
             if updates and args.target_kl is not None and metrics["approx_kl"] > args.target_kl:
                 break
@@ -1088,6 +1089,8 @@ def main(args: Args) -> dict[str, float]:
         writer.close()
     if args.save_dir is not None and rank == 0:
         save_gpt2(policy, tokenizer, args.save_dir)
+    if processes > 1:
+        dist.destroy_process_group()
     results["seconds"] = time.perf_counter() - start
     if rank == 0:
         print("\n" + describe(results, "", "training"))
