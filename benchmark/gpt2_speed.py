@@ -1,0 +1,173 @@
+"""Speed of gpt2_sentiment.py at the size of GPT-2 (124M parameters, random weights).
+
+    python benchmark/gpt2_speed.py                 # with as many threads as torch takes by itself
+    python benchmark/gpt2_speed.py --device cuda --bf16
+
+Generation beside transformers' generate in the same run, where transformers can be imported; then
+one PPO iteration in its parts, beside the time that its matrix products alone would take at the
+speed of the two matrix products that a GPT-2 spends most of its time in.
+"""
+
+import argparse
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import gpt2_sentiment as gpt2
+
+
+def seconds(work, turns, device):
+    """Time of the fastest of some turns: what else the machine is doing disturbs it least."""
+    times = []
+    for _ in range(turns):
+        start = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def matrix_speed(device, dtype, turns):
+    """FLOP/s of the products of a layer and of the output layer, at the rows of an iteration."""
+    work, flop = [], 0
+    for rows, inner, outer in ((320, 768, 3072), (320, 3072, 768), (240, 768, 50257)):
+        x = torch.randn(rows, inner, device=device, dtype=dtype)
+        work.append((x, torch.randn(outer, inner, device=device, dtype=dtype)))
+        flop += 2 * rows * inner * outer
+    return flop / seconds(lambda: [x @ w.T for x, w in work], 3 * turns, device)
+
+
+def tokens_a_second(policy, args):
+    """Of ours and of transformers' generate, 16 prompts of 5 tokens and 48 new ones each."""
+    prompts = torch.randint(50257, (16, 5), device=args.device)
+    real, noise = torch.ones_like(prompts, dtype=torch.bool), torch.rand(16, 48).double()
+    noise = noise.to(args.device)
+    policy.config.eos_token_id = -1  # never drawn: all 48 tokens are
+
+    def ours():
+        with gpt2.precision(args):
+            gpt2.sample_responses(policy, prompts, real, noise)
+
+    print("| tokens a second | |\n|-|-|", flush=True)
+    try:
+        from transformers import GPT2LMHeadModel
+    except ImportError:
+        theirs = None
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer = gpt2.train_tokenizer(["any"], 300)
+            policy.config.eos_token_id = 0
+            gpt2.save_gpt2(policy, tokenizer, Path(folder, "gpt2"))
+            other = GPT2LMHeadModel.from_pretrained(Path(folder, "gpt2")).to(args.device)
+            policy.config.eos_token_id = -1
+        tokens = torch.randint(50257, (2, 20), device=args.device)
+        with torch.no_grad():
+            gap = (other(tokens).logits - policy.head(policy(tokens))).abs().max().item()
+
+        def theirs():
+            with gpt2.precision(args):
+                other.generate(
+                    prompts,
+                    attention_mask=real.long(),
+                    do_sample=True,
+                    top_k=0,
+                    min_new_tokens=48,
+                    max_new_tokens=48,
+                    pad_token_id=0,
+                )
+
+    times = [[], []]
+    for _ in range(args.turns):  # by turns, so that both meet the same disturbances
+        times[0].append(seconds(ours, 1, args.device))
+        times[1].append(seconds(theirs, 1, args.device) if theirs else float("nan"))
+    speeds = [16 * 48 / min(column) for column in times]
+    print(f"| gpt2_sentiment.py | {speeds[0]:.0f} |")
+    if theirs:
+        print(f"| transformers' generate | {speeds[1]:.0f} |")
+        print(f"| ratio | {speeds[0] / speeds[1]:.2f} |\n\nlargest gap of logits: {gap:.1e}")
+    policy.config.eos_token_id = 0
+
+
+def iteration(policy, args):
+    """Seconds of generation, scoring and update of one PPO iteration: its tokens and passes."""
+    reference = gpt2.copy.deepcopy(policy).requires_grad_(False)
+    critic = gpt2.Critic(policy, separate=False).to(args.device)
+    parameters = [*policy.parameters(), *critic.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6, betas=(0.9, 0.99), fused=True)
+    x = torch.randint(50257, (16, 5), device=args.device)
+    real, mask = torch.ones_like(x, dtype=torch.bool), torch.ones(16, 15, dtype=torch.bool)
+    mask, noise = mask.to(args.device), torch.rand(16, 15).double().to(args.device)
+    made = {}
+
+    def generation():
+        with gpt2.precision(args):
+            made["y"], _ = gpt2.sample_responses(policy, x, real, noise)
+
+    @torch.no_grad()
+    def scoring():
+        made["old"], made["v"], _ = gpt2.assess(policy, critic, x, real, made["y"], None, args)
+        gpt2.assess(reference, None, x, real, made["y"], None, args)
+
+    def update():
+        for _ in range(4):
+            optimizer.zero_grad()
+            logprobs, values, _ = gpt2.assess(policy, critic, x, real, made["y"], None, args)
+            advantages = torch.ones_like(logprobs)
+            loss, _ = gpt2.policy_loss(logprobs, made["old"], advantages, mask, 0.2)
+            loss = loss + 0.1 * gpt2.value_loss(values, made["v"], advantages, mask, 0.2)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+
+    parts = {work.__name__: [] for work in (generation, scoring, update)}
+    for _ in range(args.turns + 1):  # the first turn makes the optimizer's state
+        for work in (generation, scoring, update):
+            parts[work.__name__].append(seconds(work, 1, args.device))
+    parts = {name: min(times[1:]) for name, times in parts.items()}
+
+    # Weights times rows: 85M in the blocks at 19 positions, 39M in the output layer at 15.
+    blocks = sum(p.numel() for p in policy.h.parameters() if p.dim() == 2)
+    forward = 2 * 16 * (19 * blocks + 15 * policy.wte.weight.numel())
+    flop = {"generation": forward, "scoring": 2 * forward, "update": 4 * 3 * forward}
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    speed = matrix_speed(args.device, dtype, args.turns)
+    print(f"\nmatrix products: {speed / 1e9:.0f} GFLOP/s")
+    print("\n| part | seconds | GFLOP | ideal seconds | ratio |\n|-|-|-|-|-|")
+    parts["whole"], flop["whole"] = sum(parts.values()), sum(flop.values())
+    for name, took in parts.items():
+        ideal = flop[name] / speed
+        print(
+            f"| {name} | {took:.2f} | {flop[name] / 1e9:.0f} | {ideal:.2f} | {took / ideal:.2f} |"
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bf16", action="store_true")
+    args = parser.parse_args(namespace=gpt2.Args())
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(1)
+    print(f"torch {torch.__version__}, {args.device}, {args.threads} threads\n", flush=True)
+    policy = gpt2.GPT2(gpt2.Config(50257, 1024, 768, 12, 12)).to(args.device)
+    for parameter in policy.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.02)
+    tokens_a_second(policy, args)
+    iteration(policy, args)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if args.device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    print(f"\npeak memory: {peak:.1f} GiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,495 @@
+"""gpt2_sentiment.py: the model against transformers, sampling and rewards against loops."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import gpt2_oracle as oracle
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import gpt2_sentiment as gpt2
+
+DATA = Path(__file__).parent / "data"
+TINY = str(DATA / "gpt2-tiny")
+EXPECTED = load_file(DATA / "gpt2-tiny-expected.safetensors")  # see make_gpt2_tiny.py
+TOKENS, MASK = EXPECTED["tokens"], EXPECTED["mask"].bool()
+WEIGHTS = oracle.float64(load_file(DATA / "gpt2-tiny" / "model.safetensors"))
+CONFIG = json.loads((DATA / "gpt2-tiny" / "config.json").read_text())
+EOS = 299
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return gpt2.load_gpt2(TINY)
+
+
+@pytest.fixture(scope="module")
+def policy(loaded):
+    return loaded[0].requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(loaded):
+    return loaded[1]
+
+
+def close(found, exact, atol=1e-5):
+    torch.testing.assert_close(found.double(), exact.double(), atol=atol, rtol=0)
+
+
+def uniform(rows, length, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(rows, length, generator=generator, dtype=torch.float64)
+
+
+# ---------------------------------------------------------------- The model
+
+
+def test_the_oracle_agrees_with_transformers():
+    rows = [row[real].tolist() for row, real in zip(TOKENS[:2], MASK[:2], strict=True)]
+    found = torch.cat([oracle.logits(WEIGHTS, CONFIG, row) for row in rows])
+    close(found, EXPECTED["single"][: len(found)])
+
+
+def test_logits_are_those_of_transformers_one_by_one(policy):
+    rows = [row[real] for row, real in zip(TOKENS, MASK, strict=True)]
+    close(torch.cat([policy.head(policy(row[None]))[0] for row in rows]), EXPECTED["single"])
+
+
+def test_logits_are_those_of_transformers_in_a_padded_batch(policy):
+    found = policy.head(policy(TOKENS, MASK))
+    close(found[MASK], EXPECTED["logits"][MASK])
+    assert found.isfinite().all()  # padding too: a NaN there would spread through the gradients
+
+
+def test_greedy_continuations_are_those_of_transformers(policy):
+    """With one token to draw from, sampling is greedy, and it goes through the cache."""
+    found, _ = gpt2.sample_responses(policy, TOKENS, MASK, uniform(5, 10), 1.0, 1, 1.0)
+    assert found.tolist() == EXPECTED["greedy"].tolist()
+
+
+@pytest.mark.parametrize("cuts", [[26], [1] * 26, [3, 20, 1, 2], [25, 1]])
+def test_reading_in_pieces_through_the_cache_changes_nothing(policy, cuts):
+    cache, states, begin = gpt2.KVCache(26), [], 0
+    for cut in cuts:
+        end = begin + cut
+        states.append(policy(TOKENS[:, begin:end], MASK[:, :end], cache))
+        begin = end
+        assert cache.length == end
+    found = torch.cat(states, 1)
+    close(found[MASK], policy(TOKENS, MASK)[MASK])
+
+
+def test_left_padding_changes_nothing(policy):
+    row = TOKENS[2][MASK[2]]
+    bare = policy(row[None])[0]
+    for count in (1, 5, 14):
+        padded = torch.cat([torch.full((count,), 7), row])[None]
+        real = torch.arange(padded.shape[1])[None] >= count
+        close(policy(padded, real)[0, count:], bare)
+
+
+def test_what_stands_in_the_padding_changes_nothing(policy):
+    other = torch.where(MASK, TOKENS, torch.randint(300, TOKENS.shape))
+    assert not torch.equal(other, TOKENS)
+    assert torch.equal(policy(other, MASK)[MASK], policy(TOKENS, MASK)[MASK])
+    pieces = gpt2.sample_responses(policy, other, MASK, uniform(5, 8))[0]
+    assert torch.equal(pieces, gpt2.sample_responses(policy, TOKENS, MASK, uniform(5, 8))[0])
+
+
+def test_a_token_sees_nothing_of_what_follows(policy):
+    other = TOKENS.clone()
+    other[:, 20:] = 5
+    close(policy(other, MASK)[:, :20][MASK[:, :20]], policy(TOKENS, MASK)[:, :20][MASK[:, :20]])
+
+
+def test_gradients_are_finite_in_padded_batches_and_reach_every_weight():
+    policy, _ = gpt2.load_gpt2(TINY)
+    policy.head(policy(TOKENS, MASK))[MASK].logsumexp(1).sum().backward()
+    for name, parameter in policy.named_parameters():
+        assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, name
+
+
+def test_gradients_are_those_of_the_oracle():
+    """Through attention, norms and the tied layer, of a loss on every logit of one sequence."""
+    policy, _ = gpt2.load_gpt2(TINY)
+    ids = TOKENS[4][MASK[4]][:6]
+    weigh = torch.randn(6, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (policy.head(policy(ids[None]))[0] * weigh.float()).sum().backward()
+    exact = {k: v.clone().requires_grad_() for k, v in WEIGHTS.items()}
+    (oracle.logits(exact, CONFIG, ids.tolist()) * weigh).sum().backward()
+    for name, parameter in policy.named_parameters():
+        grad = exact[name].grad.t() if ".c_" in name and "weight" in name else exact[name].grad
+        close(parameter.grad / grad.norm(), grad / grad.norm(), 1e-6)
+
+
+# ---------------------------------------------------------------- The distribution drawn from
+
+CHOICES = [
+    (1.0, 0, 1.0),
+    (0.6, 0, 1.0),
+    (1.7, 5, 1.0),
+    (0.8, 0, 0.7),
+    (1.3, 12, 0.8),
+    (1.0, 1, 1.0),
+]
+CHOICES += [(1.0, 0, 0.01), (2.0, 300, 1.0), (1.0, 1000, 0.999), (0.5, 299, 0.5)]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_filtered_logits_are_the_renormalised_distribution(choice):
+    values = EXPECTED["single"][::7].double()
+    found = gpt2.filter_logits(values, *choice).softmax(1)
+    for probs, row in zip(found, values.tolist(), strict=True):
+        close(probs, torch.tensor(oracle.distribution(row, *choice), dtype=torch.float64), 1e-9)
+
+
+def test_filtering_of_a_distribution_worked_by_hand():
+    """Probabilities 0.5 0.25 0.125 0.125: the fewest tokens that reach p, then renormalised."""
+    values = torch.tensor([0.125, 0.5, 0.25, 0.125], dtype=torch.float64).log()[None]
+    a, b = 0.5**0.5, 2**0.5  # at temperature 2 the roots count, in proportion to that of 0.25
+    for choice, right in {
+        (1.0, 2, 1.0): [0, 2 / 3, 1 / 3, 0],
+        (1.0, 0, 0.49): [0, 1, 0, 0],
+        (1.0, 0, 0.51): [0, 2 / 3, 1 / 3, 0],
+        (1.0, 2, 0.66): [0, 1, 0, 0],  # 0.5 of the 0.75 that top-k leaves is two thirds
+        (0.5, 0, 0.7): [0, 1, 0, 0],  # 0.5² of the sum of squares 0.34375 is 0.727
+        (2.0, 0, 0.7): [a / (1 + a + b), b / (1 + a + b), 1 / (1 + a + b), 0],
+    }.items():
+        found = gpt2.filter_logits(values, *choice).softmax(1)[0]
+        close(found, torch.tensor(right, dtype=torch.float64), 1e-12)
+
+
+def test_ties_keep_no_more_than_k():
+    found = gpt2.filter_logits(torch.zeros(2, 9), 1.0, 3, 1.0).softmax(1)
+    assert ((found > 0).sum(1) == 3).all() and (found.sum(1) - 1).abs().max() < 1e-6
+    assert ((gpt2.filter_logits(torch.zeros(1, 10), 1.0, 0, 0.35).softmax(1) > 0).sum(1) == 4).all()
+
+
+def test_entropy_of_filtered_logits_is_finite_in_value_and_gradient():
+    values = torch.randn(2, 3, 9, requires_grad=True)
+    entropy = gpt2.token_entropy(gpt2.filter_logits(values, 1.0, 3, 0.9))
+    entropy.sum().backward()
+    assert entropy.isfinite().all() and values.grad.isfinite().all()
+    right = gpt2.token_entropy(torch.zeros(1, 1, 8))
+    assert right.item() == pytest.approx(math.log(8))
+
+
+FEW = [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.5, 6, 1.0), (1.2, 0, 0.6), (1.3, 9, 0.8)]
+
+
+@pytest.mark.parametrize("choice", FEW)
+def test_tokens_are_drawn_as_often_as_their_probability_says(policy, choice):
+    """Noise on a grid of 4000 points: each token is drawn by as many as its probability says."""
+    points, row = 4000, TOKENS[4][MASK[4]]
+    noise = (torch.arange(points, dtype=torch.float64)[:, None] + 0.5) / points
+    prompts = row.repeat(points, 1)
+    found, _ = gpt2.sample_responses(
+        policy, prompts, torch.ones_like(prompts).bool(), noise, *choice
+    )
+    exact = oracle.distribution(EXPECTED["single"][-1].tolist(), *choice)
+    counts = found[:, 0].bincount(minlength=300)
+    assert (counts - points * torch.tensor(exact)).abs().max() < 1.5
+
+
+@pytest.mark.parametrize("choice", FEW)
+def test_logprobs_and_sets_are_those_of_the_oracle(policy, choice):
+    """Sampled through the cache in a padded batch, scored in one pass: both as one row alone."""
+    temperature, top_k, top_p = choice
+    responses, allowed = gpt2.sample_responses(policy, TOKENS, MASK, uniform(5, 4), *choice)
+    assert (allowed is None) == (top_k == 0 and top_p == 1)
+    states = gpt2.continuation_states(policy, TOKENS, MASK, responses)
+    logits = gpt2.response_logits(policy, states, temperature, allowed)
+    logprobs = gpt2.token_logprobs(logits, responses)
+    for i in (1, 3):  # the oracle is slow
+        ids = TOKENS[i][MASK[i]].tolist()
+        values = oracle.logits(WEIGHTS, CONFIG, ids + responses[i].tolist())
+        for t, token in enumerate(responses[i].tolist()):
+            probs = oracle.distribution(values[len(ids) + t - 1].tolist(), *choice)
+            assert logprobs[i, t].item() == pytest.approx(math.log(probs[token]), abs=1e-4)
+            close(logits[i, t].softmax(0), torch.tensor(probs))
+            if allowed is not None:
+                assert allowed[i, t].tolist() == [p > 0 for p in probs]
+
+
+def test_noise_chooses_by_the_inverse_of_the_distribution_function(policy):
+    exact = torch.tensor(oracle.distribution(EXPECTED["single"][-1].tolist()))
+    ends = exact.cumsum(0)
+    row = TOKENS[4][MASK[4]][None]
+    for token in exact.topk(4).indices.tolist():
+        middle = torch.tensor([[ends[token] - exact[token] / 2]], dtype=torch.float64)
+        found, _ = gpt2.sample_responses(policy, row, torch.ones_like(row).bool(), middle)
+        assert found.item() == token
+
+
+@pytest.mark.parametrize("choice", FEW)
+@pytest.mark.parametrize("u", [0.0, 1 - 2.0**-53])
+def test_the_ends_of_the_noise_draw_tokens_that_can_be_drawn(policy, choice, u):
+    noise = torch.full((5, 2), u, dtype=torch.float64)
+    responses, allowed = gpt2.sample_responses(policy, TOKENS, MASK, noise, *choice)
+    assert ((responses >= 0) & (responses < 300)).all()
+    if allowed is not None:
+        assert allowed.gather(2, responses[:, :, None]).all()
+    states = gpt2.continuation_states(policy, TOKENS, MASK, responses)
+    logits = gpt2.response_logits(policy, states, choice[0], allowed)
+    assert (gpt2.token_logprobs(logits, responses) > -50).all()
+
+
+def test_a_response_does_not_depend_on_the_other_rows(policy):
+    noise = uniform(5, 10)
+    together, sets = gpt2.sample_responses(policy, TOKENS, MASK, noise, 1.0, 20, 0.9)
+    for i in range(5):
+        row, real = TOKENS[i : i + 1], MASK[i : i + 1]
+        for x, m in ((row, real), (row[:, real[0]], real[:, real[0]])):
+            alone, kept = gpt2.sample_responses(policy, x, m, noise[i : i + 1], 1.0, 20, 0.9)
+            assert torch.equal(alone[0], together[i]) and torch.equal(kept[0], sets[i])
+
+
+def test_after_eos_there_is_only_eos(policy, monkeypatch):
+    head = gpt2.GPT2.head
+    push = torch.nn.functional.one_hot(torch.tensor(EOS), 300) * 6.0
+    monkeypatch.setattr(gpt2.GPT2, "head", lambda self, states: head(self, states) + push)
+    prompts, mask = TOKENS.repeat(8, 1), MASK.repeat(8, 1)
+    found, allowed = gpt2.sample_responses(policy, prompts, mask, uniform(40, 12), 1.0, 7, 1.0)
+    ends = (found == EOS).int()
+    assert ends.any(1).sum() > 4 and ends[:, 0].sum() < 40
+    assert (ends.cummax(1).values == ends).all()
+    assert allowed.gather(2, found[:, :, None]).all()  # its log-probability is finite
+    assert not any(p.requires_grad for p in (found, allowed))
+
+
+def test_real_mask():
+    x = torch.tensor([[5, 9, 9, 9], [9, 1, 9, 2], [1, 2, 3, 4], [1, 2, 3, 9]])
+    right = [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
+    assert gpt2.real_mask(x, 9).int().tolist() == right
+
+
+def test_what_follows_eos_changes_no_state_before_it(policy):
+    responses, _ = gpt2.sample_responses(policy, TOKENS, MASK, uniform(5, 6))
+    other = responses.clone()
+    other[:, 3:] = 17
+    first, second = (gpt2.continuation_states(policy, TOKENS, MASK, y) for y in (responses, other))
+    close(first[:, :4], second[:, :4])
+    assert first.shape == (5, 6, 32)
+
+
+def test_critic_starts_at_zero_and_reads_what_the_policy_reads(policy):
+    responses, _ = gpt2.sample_responses(policy, TOKENS, MASK, uniform(5, 6))
+    states = gpt2.continuation_states(policy, TOKENS, MASK, responses)
+    heads = []
+    for separate in (False, True):
+        critic = gpt2.Critic(policy, separate)
+        assert (critic(states, TOKENS, MASK, responses) == 0).all()
+        torch.manual_seed(0)
+        torch.nn.init.normal_(critic.value.weight)
+        values = critic(states, TOKENS, MASK, responses)
+        close(values, states @ critic.value.weight[0])
+        heads.append(critic)
+    shared, own = heads
+    assert shared.trunk is None
+    ours = {p.data_ptr() for p in policy.parameters()}
+    assert not ours & {p.data_ptr() for p in own.parameters()}
+
+
+# ---------------------------------------------------------------- Prompts and texts
+
+
+def test_prompts_are_padded_on_the_left(tokenizer):
+    texts = ["I love how", "Yes", "the café was not  good\nat all"]
+    tokens, mask = gpt2.encode_prompts(tokenizer, texts, EOS)
+    for row, real, text in zip(tokens, mask, texts, strict=True):
+        ids = [EOS, *tokenizer.encode(text).ids]
+        assert row[real].tolist() == ids and real.tolist() == sorted(real.tolist())
+        assert (row[~real] == EOS).all()
+    assert mask.any(0).all() and mask.dtype == torch.bool
+
+
+def test_tokens_are_those_of_the_stored_texts(tokenizer):
+    text = "the café was not  good\nat all"
+    assert tokenizer.encode(text).ids == TOKENS[3][MASK[3]].tolist()
+
+
+def test_texts_are_the_prompt_and_what_follows_up_to_eos(tokenizer):
+    texts = ["Yes", "the café"]
+    prompts, mask = gpt2.encode_prompts(tokenizer, texts, EOS)
+    said = [tokenizer.encode(x).ids for x in (" is good", " day and day")]
+    width = max(map(len, said)) + 1
+    responses = torch.tensor([row + [EOS] * (width - len(row)) for row in said])
+    responses[0, -1] = 5  # what follows EOS is no text
+    found = gpt2.decode_responses(tokenizer, prompts, mask, responses, EOS)
+    assert found == (texts, [" is good", " day and day"])
+    nothing = torch.full((2, 3), EOS)
+    assert gpt2.decode_responses(tokenizer, prompts, mask, nothing, EOS) == (texts, ["", ""])
+
+
+def test_sentences_of_the_grammar():
+    sentences = gpt2.write_sentences(3000, 1)
+    assert sentences == gpt2.write_sentences(3000, 1) != gpt2.write_sentences(3000, 2)
+    assert all(text.endswith(".") and "{" not in text and "  " not in text for text in sentences)
+    assert not any(f" a {vowel}" in text for text in sentences for vowel in "aeiou")
+    train, held_out = gpt2.read_prompts(None)
+    assert set(gpt2.TUTORIAL) <= set(train) and not set(train) & set(held_out)
+    assert len(held_out) >= 5
+    for prompt in train + held_out:  # the model has read them all
+        assert any(text.startswith(prompt + " ") for text in sentences), prompt
+    counts = {
+        words: sum(w in words for text in sentences for w in oracle.split(text))
+        for words in (frozenset(oracle.worth(oracle.GOOD)), frozenset(oracle.worth(oracle.BAD)))
+    }
+    good, bad = counts.values()
+    assert 0.6 < bad / good < 1.1  # neither feeling is taught more than the other by much
+
+
+def test_tokenizer_of_the_grammar():
+    sentences = gpt2.write_sentences(300, 1)
+    tokenizer = gpt2.train_tokenizer(sentences, 400)
+    assert tokenizer.token_to_id("<|endoftext|>") == 0 and tokenizer.get_vocab_size() == 400
+    for text in [*sentences[:20], "Ωmega über 東京 \t\n 🙂"]:
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_prompts_from_a_file(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a\n\n  b \nc\nd\ne\n\t\nf\ng\n", encoding="utf-8")
+    assert gpt2.read_prompts(file) == (["a", "b", "c", "d", "f", "g"], ["e"])
+    file.write_text("ä\nb", encoding="utf-8")
+    train, held_out = gpt2.read_prompts(file)
+    assert train == ["ä", "b"] and held_out == gpt2.read_prompts(None)[1]
+
+
+# ---------------------------------------------------------------- Rewards
+
+
+def one(reward, response, prompt=""):
+    (score,) = reward([prompt], [response])
+    return score
+
+
+def test_sentiment_as_printed_in_the_tutorial():
+    """Texts with their prompts, as there; for the tutorial a word ends at a blank."""
+    printed = {
+        'I feel happy when she is interested in contributing."\n\nWhen asked about others': 10,
+        "The best part about this is you can make it very nationalful. Again, it's all true.": 0.1,
+        "I love how Cyprus redlines it, especially giving immigrants an arrangement for a": 15,
+        'Today was great because we knew we could create more labor for people," Smith said.': 10,
+        "I love how tragic this was\n\nI love it so much I feel like the tornado": 35,
+        "I feel happy when I keep seeing Lisp. I like it. It's a joy to work": 15,
+        "I love how they have tried. I love that they wore their mark on their hat with": 30,
+        "I feel happy when my sleep. I feel happy when I I I be happy uncertain uncertain": 30,
+        "I love how it. Ourld literally bind for a happy it to per chance or for": 25,
+        "I love how I look at how I look at grabbing at back grabbing at back grabbing": 15,
+        "Today was great because malarkey women and men changed.The grateful ones had": 10,
+        "Today was great because of the freshandfreshlight You've commanduedTheOfGoodTheAvoid": 10,
+        "I love how Snowman looks too when she looks like Rocky Simon Newell. I love": 35,
+        "Today was great because of was amazing and appreciated and astounding were all": 25,
+    }
+    assert gpt2.sentiment_reward([""] * len(printed), list(printed)) == list(printed.values())
+
+
+def test_sentiment_by_hand():
+    reward = gpt2.sentiment_reward
+    assert one(reward, "Good, GREAT! (wonderful) food.") == 5 * (1 + 2 + 3)
+    assert one(reward, "a good, great, but terrible and awful day") == 15 - 3 - 2
+    assert one(reward, "bad bad bad") == one(reward, "") == one(reward, "goodness") == 0.1
+    assert one(reward, "it is", prompt="great great great") == 0.1  # only the response counts
+    for table, sign in ((oracle.GOOD, 5), (oracle.BAD, -1)):
+        for word, value in oracle.worth(table).items():
+            assert one(reward, f"love, {word}.") == 15 + sign * value
+
+
+def test_positivity_as_printed_in_the_tutorial():
+    for text, printed in {
+        "This is good and helpful.": 0.2,
+        "This is not good at all.": 0.0,
+        "good good good good good": 0.2,
+        "The explanation was clear and helpful, making it incredibly beneficial.": 0.0,
+    }.items():
+        assert one(gpt2.positivity_reward, text) == pytest.approx(printed, abs=5e-4)
+
+
+def test_positivity_by_hand():
+    reward = gpt2.positivity_reward
+    assert one(reward, "great, and never bad") == 1 / 4
+    for negation in ("not", "never", "don't", "don’t", "no"):
+        assert one(reward, f"{negation} good, but it is amazing") == 0.5 / 6
+        # A negation that ends the prompt stands before the first word.
+        assert one(reward, "good but it is amazing", f"It is {negation}") == 0.5 / 5
+        assert one(reward, f"good {negation}. excellent") == 0.5 / 3
+    assert one(reward, "good but it is amazing", "It is never said") == 2 / 5
+    assert one(reward, "") == one(reward, "!!") == one(reward, "not good") == 0.0
+    assert one(reward, "good") == 1.0
+
+
+PHOTOSYNTHESIS = """
+Photosynthesis is the process by which plants convert sunlight into energy.
+
+The process involves chlorophyll in the leaves capturing sunlight. This energy
+is used to convert water and carbon dioxide into glucose and oxygen.
+
+Plants use glucose for energy and release oxygen as a byproduct.
+"""
+
+
+def test_composite_as_printed_in_the_tutorial():
+    prompt = "Explain how photosynthesis works."
+    for response, printed in {
+        PHOTOSYNTHESIS: (0.505, 0.900, 0.250, 0.667),
+        "plants make food from sun": (0.020, 0.100, 0.000, 0.000),
+    }.items():
+        assert one(gpt2.composite_reward, response, prompt) == pytest.approx(printed[0], abs=5e-4)
+        found = oracle.composite(prompt, response)
+        assert found == pytest.approx(printed, abs=5e-4)  # and so the oracle is right
+
+
+def test_composite_by_hand():
+    reward = gpt2.composite_reward
+    assert one(reward, "Works? photosynthesis", "photosynthesis works.") == pytest.approx(
+        0.2 * 2 / 50 + 0.5 + 0.1
+    )
+    for count, length in {49: 0.98, 50: 1, 500: 1, 501: 0.998, 750: 0.5, 1000: 0, 1200: 0}.items():
+        found = one(reward, "x " * count, "nothing of it")
+        assert found == pytest.approx(0.2 * length, abs=1e-12)
+    assert one(reward, "", "") == 0
+    assert one(reward, "a. B\n\nc", "q") == pytest.approx(0.2 * 3 / 50 + 0.3 * 2 / 3)
+    assert one(reward, "a.B\nC", "q") == pytest.approx(0.2 * 2 / 50)
+
+
+def test_rewards_on_random_texts():
+    rng = random.Random(0)
+    vocabulary = [*oracle.worth(oracle.GOOD), *oracle.worth(oracle.BAD), "not", "never", "don't"]
+    vocabulary += "no the it's was sea Works how. \n\n Day! GREAT, (good) bad; not-so, ...".split(
+        " "
+    )
+    texts = [" ".join(rng.choices(vocabulary, k=rng.randrange(70))) for _ in range(300)]
+    texts = [text.replace("not-so", "not") for text in texts]
+    prompts = [" ".join(rng.choices("how the sea works is".split(), k=4)) for _ in texts]
+    found = gpt2.sentiment_reward(prompts, texts)
+    assert found == pytest.approx([oracle.sentiment(text) for text in texts])
+    found = gpt2.positivity_reward(prompts, texts)
+    assert found == pytest.approx([oracle.positivity(text) for text in texts])
+    assert 0.0 < max(found) <= 1.0 and min(found) == 0.0
+    found = gpt2.composite_reward(prompts, texts)
+    assert found == pytest.approx(
+        [oracle.composite(*x)[0] for x in zip(prompts, texts, strict=True)]
+    )
+    for few in (texts[:3], texts):
+        assert gpt2.distinct_2(few) == pytest.approx(oracle.distinct_2(few))
+        assert gpt2.repetition(few) == pytest.approx(oracle.repetition(few))
+
+
+def test_diversity_by_hand():
+    assert gpt2.distinct_2(["great great great great"]) == 1 / 3
+    assert gpt2.distinct_2(["a b c", "b c d", ""]) == 3 / 4  # pairs do not span two texts
+    assert gpt2.repetition(["great great great great"]) == 3 / 4
+    assert gpt2.repetition(["a b", "a b", "Great, great!"]) == pytest.approx(1 / 6)
+    assert gpt2.distinct_2([""]) == gpt2.repetition(["", "!"]) == 0  # nothing to divide by
+
+
+def test_rewards_are_plain_functions_in_one_table():
+    assert set(gpt2.REWARDS) == {"sentiment", "positivity", "composite"}
+    for name, function in gpt2.REWARDS.items():
+        assert function is getattr(gpt2, f"{name}_reward")
+        assert len(function(["a", "b"], ["good", "A great day"])) == 2

@@ -1,0 +1,789 @@
+"""gpt2_sentiment.py as a program: its updates, kills and resumption, processes, flags, debris."""
+
+import copy
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import gpt2_oracle
+import oracle
+import programs
+import pytest
+import torch
+import tyro
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import gpt2_sentiment as gpt2
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "tests" / "data" / "gpt2-tiny"
+CONFIG = json.loads((TINY / "config.json").read_text())
+EOS = 299
+
+
+def variety(prompts, responses):
+    """A reward that a random model earns some of: different characters, less the blanks."""
+    return [len(set(text)) / 4 - text.count(" ") for text in responses]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(gpt2.REWARDS, "sentiment", variety)
+
+
+SMALL = {"model": str(TINY), "tensorboard": False, "batch_size": 8, "total_episodes": 16}
+SMALL |= {"response_length": 5, "eval_samples": 8, "learning_rate": 3e-3, "kl_target": None}
+SMALL |= {"update_epochs": 2, "num_minibatches": 2, "kl_coef": 0.1}
+
+
+def run(**flags):
+    """Train gpt2-tiny for two rollouts of 8 unless told otherwise; results without the seconds."""
+    result = gpt2.main(gpt2.Args(**(SMALL | flags)))
+    return {name: value for name, value in result.items() if name != "seconds"}
+
+
+def spy(monkeypatch, name, module=gpt2, before=lambda *a, **k: None):
+    """Record arguments and result of every call of a function, and what before() makes of them."""
+    calls, function = [], getattr(module, name)
+
+    def recorder(*arguments, **more):
+        noted = before(*arguments, **more)
+        result = function(*arguments, **more)
+        calls.append((arguments, result, noted))
+        return result
+
+    monkeypatch.setattr(module, name, recorder)
+    return calls
+
+
+# ---------------------------------------------------------------- The update against the oracle
+
+
+def as_stored(state):
+    """Weights of a GPT2 of the script as files hold them, float64."""
+    turned = {k: v.t() if ".c_" in k and "weight" in k else v for k, v in state.items()}
+    return gpt2_oracle.float64(turned)
+
+
+def end_sooner(monkeypatch, by=5.0):
+    """Raise the logit of EOS, so that responses end before they are cut off; what is added."""
+    head, push = gpt2.GPT2.head, torch.zeros(300)
+    push[EOS] = by
+    monkeypatch.setattr(gpt2.GPT2, "head", lambda self, states: head(self, states) + push)
+    return push.double()
+
+
+UPDATES = [
+    {},
+    {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "micro_batch_size": 2, "whiten_rewards": False},
+    {"separate_critic": True, "normalize_advantages": False, "kl_target": 5.0, "kl_horizon": 10},
+    {"ent_coef": 0.3, "gamma": 0.9, "gae_lambda": 0.5, "micro_batch_size": 1, "vf_clip_coef": 0.01},
+]
+
+
+@pytest.mark.parametrize("flags", UPDATES, ids=lambda f: " ".join(f) or "default")
+def test_gradients_of_an_update_are_those_of_the_oracle(flags, monkeypatch, tmp_path):
+    """All of the second rollout again: texts, scores, KL, advantages, both steps' gradients."""
+    init = gpt2.Critic.__init__
+
+    def loud(self, policy, separate):
+        init(self, policy, separate)
+        torch.nn.init.normal_(self.value.weight, std=0.3), torch.nn.init.ones_(self.value.bias)
+
+    monkeypatch.setattr(gpt2.Critic, "__init__", loud)
+    push = end_sooner(monkeypatch, 0.0 if "top_k" in flags else 5.0)
+    weights = lambda policy, critic, *rest, **more: (  # noqa: E731
+        copy.deepcopy(policy.state_dict()),
+        critic and copy.deepcopy(critic.state_dict()),
+    )
+    rollouts = spy(monkeypatch, "rollout", before=weights)
+    steps = spy(
+        monkeypatch,
+        "clip_grad_norm_",
+        torch.nn.utils,
+        lambda parameters, *a: [(p.detach().clone(), p.grad.clone()) for p in parameters],
+    )
+    (tmp_path / "prompts").write_text("Yes\nI lo\n")
+    args = SMALL | {"batch_size": 3, "total_episodes": 6, "response_length": 4} | flags
+    args |= {"num_minibatches": 1, "max_grad_norm": 1e9, "prompts": tmp_path / "prompts"}
+    gpt2.main(gpt2.Args(**(args | {"eval_samples": 2})))
+    args = gpt2.Args(**args)
+
+    trained = [call for call in rollouts if call[0][1] is not None]  # evaluations have no critic
+    (_, critic, _, prompts, real, *_), found, (old_policy, old_critic) = trained[1]
+    responses = found[0].tolist()
+    names = [*old_policy, *[f"critic.{k}" for k in critic.state_dict()]]
+    choice = args.temperature, args.top_k, args.top_p
+    reference = gpt2_oracle.float64(load_file(TINY / "model.safetensors"))
+    _, tokenizer = gpt2.load_gpt2(str(TINY))
+    rows = [x[m].tolist() for x, m in zip(prompts, real, strict=True)]
+    lengths = [[*y, EOS].index(EOS) + 1 for y in responses]
+    lengths = [min(n, 4) for n in lengths]
+    assert min(lengths) < 4 or args.top_k  # some end before they are cut off
+
+    def read(w, critic_w, sets=None):
+        """Log-probabilities, values and entropies of the real tokens, and the sets, row by row."""
+        out = []
+        for i, (x, y, n) in enumerate(zip(rows, responses, lengths, strict=True)):
+            states = gpt2_oracle.hidden(w, CONFIG, (x + y)[: len(x) + n - 1])[len(x) - 1 :]
+            trunk = {k[6:]: v for k, v in critic_w.items() if k.startswith("trunk.")}
+            seen = states
+            if trunk:
+                seen = gpt2_oracle.hidden(trunk, CONFIG, (x + y)[: len(x) + n - 1])[len(x) - 1 :]
+            row = []
+            for t in range(n):
+                logits = w["wte.weight"] @ states[t] + push
+                kept = sets[i][t][3] if sets else gpt2_oracle.kept(logits.tolist(), *choice)
+                probs = (logits[kept] / args.temperature).softmax(0)
+                value = (critic_w["value.weight"][0] @ seen[t]) + critic_w["value.bias"][0]
+                entropy = -(probs * probs.log()).sum()
+                row.append((probs[kept.index(y[t])].log(), value, entropy, kept))
+            out.append(row)
+        return out
+
+    def critic_as_stored(state):
+        trunk = {k[6:]: v for k, v in state.items() if k.startswith("trunk.")}
+        rest = {k: v.double() for k, v in state.items() if k.startswith("value.")}
+        return {f"trunk.{k}": v for k, v in as_stored(trunk).items()} | rest
+
+    old = read(as_stored(old_policy), critic_as_stored(old_critic))
+    ref = read(reference, critic_as_stored(old_critic), sets=old)
+    beta = args.kl_coef
+    if args.kl_target is not None:  # the KL of the first rollout was 0, far below the target
+        beta *= 1 - 0.2 * 3 / args.kl_horizon
+    rewards = []
+    for x, y, n, o, r in zip(rows, responses, lengths, old, ref, strict=True):
+        prompt = tokenizer.decode(x[1:])
+        text = tokenizer.decode(x[1:] + y[:n])[len(prompt) :]
+        row = [-beta * (a[0] - b[0]).item() for a, b in zip(o, r, strict=True)]
+        row[-1] += variety([prompt], [text])[0]
+        rewards.append(row)
+    assert (
+        max(
+            abs((a[0] - b[0]).item())
+            for x in zip(old, ref, strict=True)
+            for a, b in zip(*x, strict=True)
+        )
+        > 1e-3
+    )
+    if args.whiten_rewards:
+        std = oracle.deviation([r for row in rewards for r in row])
+        rewards = [[r / std for r in row] for row in rewards]
+    values = [[x[1].item() for x in row] for row in old]
+    advantages = [
+        oracle.gae(r, v, args.gamma, args.gae_lambda) for r, v in zip(rewards, values, strict=True)
+    ]
+    returns = [
+        [a + v for a, v in zip(*x, strict=True)] for x in zip(advantages, values, strict=True)
+    ]
+    if args.normalize_advantages:
+        every = [a for row in advantages for a in row]
+        mean, std = sum(every) / len(every), oracle.deviation(every)
+        advantages = [[(a - mean) / std for a in row] for row in advantages]
+
+    for step in (2, 3):
+        (_, _, at) = steps[step]
+        now = dict(zip(names, [p for p, _ in at], strict=True))
+        w = as_stored({k: v for k, v in now.items() if not k.startswith("critic.")})
+        c = critic_as_stored({k[7:]: v for k, v in now.items() if k.startswith("critic.")})
+        leaves = {**w, **{f"critic.{k}": v for k, v in c.items()}}
+        leaves = {k: v.requires_grad_() for k, v in leaves.items()}
+        new = read(w, c, sets=old)
+        loss = 0.0
+        for i in range(3):
+            for t in range(lengths[i]):
+                logprob, value, entropy, _ = new[i][t]
+                ratio, a = (logprob - old[i][t][0].detach()).exp(), advantages[i][t]
+                clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+                loss = loss - torch.min(ratio * a, clipped * a)
+                before, wanted = values[i][t], returns[i][t]
+                near = before + (value - before).clamp(-args.vf_clip_coef, args.vf_clip_coef)
+                worse = torch.max((value - wanted) ** 2, (near - wanted) ** 2)
+                loss = loss + args.vf_coef * worse / 2 - args.ent_coef * entropy
+        (loss / 3).backward()
+        for name, (_, grad) in zip(names, at, strict=True):
+            exact = leaves[name].grad
+            exact = exact.t() if ".c_" in name and "weight" in name else exact
+            scale = exact.norm() + 1e-12
+            torch.testing.assert_close(
+                grad.double() / scale, exact / scale, atol=2e-4, rtol=0, msg=f"{name}, step {step}"
+            )
+
+
+def check_same_weights(*folders):
+    """Weights of two saved models agree to 1e-5 and are not those that training began with."""
+    one, two = (load_file(folder / "model.safetensors") for folder in folders)
+    start = load_file(TINY / "model.safetensors")
+    for name, tensor in one.items():
+        if name.endswith("c_attn.bias"):
+            # A key's bias adds the same to all scores of a query: its gradient is rounding noise
+            # around 0, which Adam brings to the size of any other.
+            one[name][32:64] = two[name][32:64] = 0.0
+        assert (tensor - start[name]).abs().max() > 1e-4, name
+        torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=0, msg=name)
+
+
+def test_the_update_does_not_depend_on_the_micro_batches(tmp_path):
+    for size in (None, 1, 3):
+        run(micro_batch_size=size, ent_coef=0.1, top_k=30, save_dir=tmp_path / f"size{size}")
+    for size in (1, 3):
+        check_same_weights(tmp_path / "sizeNone", tmp_path / f"size{size}")
+
+
+# ---------------------------------------------------------------- Learning
+
+
+def test_reward_rises(monkeypatch):
+    """A reward of 1 for every letter e, from 0.1 a response to more than one."""
+    letters = lambda prompts, responses: [float(text.count("e")) for text in responses]  # noqa: E731
+    monkeypatch.setitem(gpt2.REWARDS, "sentiment", letters)
+    flags = {"total_episodes": 32 * 25, "batch_size": 32, "eval_samples": 64, "kl_coef": 0.02}
+    result = run(**flags, response_length=6, update_epochs=4, num_minibatches=2)
+    assert result["reward_before"] < 0.5 < 1.0 < result["reward"]
+    assert result["held_out_reward"] > result["held_out_reward_before"] + 0.5
+    assert result["kl"] > 0.1 and result["win_rate"] > 0.6
+    assert result["kl_before"] == pytest.approx(0, abs=1e-5)
+
+
+# ---------------------------------------------------------------- The same again
+
+
+@pytest.fixture(scope="module")
+def default_result():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(gpt2.REWARDS, "sentiment", variety)
+        return run()
+
+
+def test_same_seed_same_result_other_seed_another(default_result, tmp_path):
+    assert run(save_dir=tmp_path / "a") == default_result
+    run(save_dir=tmp_path / "b"), run(save_dir=tmp_path / "c", seed=2)
+    a, b, c = ((tmp_path / x / "model.safetensors").read_bytes() for x in "abc")
+    assert a == b != c
+    assert set(os.listdir(tmp_path)) == {"a", "b", "c"}
+
+
+CHOICES = [
+    {"reward": "positivity"},
+    {"reward": "composite"},
+    {"response_length": 4},
+    {"top_k": 5},
+    {"top_p": 0.5},
+    {"temperature": 0.5},
+    {"update_epochs": 1},
+    {"num_minibatches": 1},
+    {"gamma": 0.5},
+    {"gae_lambda": 0.5},
+    {"clip_coef": 0.001},
+    {"vf_clip_coef": 0.001},
+    {"normalize_advantages": False},
+    {"whiten_rewards": False},
+    {"target_kl": 1e-6},
+    {"ent_coef": 1.0},
+    {"vf_coef": 5.0},
+    {"separate_critic": True},
+    {"kl_target": 0.1, "kl_horizon": 10},
+    {"kl_coef": 5.0},
+    {"max_grad_norm": 0.001},
+    {"learning_rate": 1e-4},
+    {"batch_size": 4},
+    {"total_episodes": 24},
+    {"eval_samples": 10},
+]
+
+
+@pytest.mark.parametrize("flags", CHOICES, ids=lambda f: " ".join(map(str, f)))
+def test_every_flag_changes_the_outcome(flags, default_result):
+    if "kl_target" in flags or "vf_clip_coef" in flags:  # these need a rollout more to be felt
+        assert run(total_episodes=24, **flags) != run(total_episodes=24)
+    else:
+        assert run(**flags) != default_result
+
+
+def test_pretraining_lowers_the_loss(monkeypatch):
+    sentences = gpt2.write_sentences(200, 1)
+    torch.manual_seed(0)
+    policy, tokenizer = gpt2.embedded_gpt2(sentences)
+
+    def loss():
+        total = []
+        for text in sentences[:20]:
+            ids = torch.tensor([[0, *tokenizer.encode(text).ids, 0]])
+            logits = policy.head(policy(ids[:, :-1])).detach()
+            total.append(torch.nn.functional.cross_entropy(logits[0], ids[0, 1:]).item())
+        return sum(total) / len(total)
+
+    before = loss()
+    assert before == pytest.approx(math.log(tokenizer.get_vocab_size()), rel=0.1)
+    gpt2.pretrain(policy, tokenizer, sentences, 25)
+    assert loss() < before - 2
+
+
+# ---------------------------------------------------------------- Killed and resumed
+
+LONG = {"total_episodes": 48, "checkpoint_every": 2, "kl_target": 0.5, "kl_horizon": 20}
+LONG |= {"separate_critic": True, "top_k": 50}
+
+
+def checkpoint():
+    (folder,) = Path("runs").iterdir()
+    return folder, torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def same(a, b):
+    """Equal to the bit, tensors within dictionaries and lists too."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The last checkpoint of a run of six rollouts, and what it returned."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(gpt2.REWARDS, "sentiment", variety)
+        patch.chdir(tmp_path_factory.mktemp("uninterrupted"))
+        result = run(**LONG)
+        return checkpoint()[1], result
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed(function):
+    """Run it in a child process that is to die by SIGKILL."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            function()
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
+
+
+def die_at(module, name, number, after=False):
+    """Let the call of that number of a function be the last thing that happens."""
+    function, count = getattr(module, name), [0]
+
+    def deadly(*arguments, **more):
+        count[0] += 1
+        if count[0] == number and not after:
+            die()
+        result = function(*arguments, **more)
+        if count[0] == number:
+            die()
+        return result
+
+    setattr(module, name, deadly)
+
+
+def die_while_saving(number):
+    """Half of what torch.save should write is on the disk."""
+    save, count = torch.save, [0]
+
+    def deadly(thing, file, *arguments, **more):
+        count[0] += 1
+        if count[0] < number:
+            return save(thing, file, *arguments, **more)
+        buffer = io.BytesIO()
+        save(thing, buffer)
+        with open(file, "wb") if isinstance(file, (str, Path)) else file as stream:
+            stream.write(buffer.getvalue()[: buffer.tell() // 2])
+            stream.flush()
+            die()
+
+    torch.save = deadly
+
+
+MOMENTS = {  # six rollouts of four steps, a checkpoint after the second, fourth and sixth
+    "while sampling": lambda: die_at(gpt2, "continuation_states", 62),
+    "between two steps": lambda: die_at(torch.optim.AdamW, "step", 15),
+    "in the middle of a checkpoint": lambda: die_while_saving(2),
+    "before the checkpoint is renamed": lambda: die_at(os, "replace", 2),
+    "after the checkpoint is renamed": lambda: die_at(os, "replace", 2, after=True),
+    "while evaluating": lambda: die_at(gpt2, "distinct_2", 9),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_is_resumed_to_the_bit(moment, uninterrupted):
+    def child():
+        MOMENTS[moment]()
+        run(**LONG)
+
+    killed(child)
+    folder, state = checkpoint()  # readable, whatever happened
+    assert state["rollout"] in (2, 4, 6)
+    result = gpt2.main(gpt2.Args(resume=folder))
+    _, final = checkpoint()
+    assert same(final, uninterrupted[0])
+    assert {k: v for k, v in result.items() if k != "seconds"} == uninterrupted[1]
+    assert os.listdir(folder) == ["checkpoint.pt"]
+
+
+def test_resuming_takes_nothing_from_the_old_files(tmp_path, uninterrupted):
+    """The model's folder may be gone, and other random numbers drawn; curves are continued."""
+    model, saved = tmp_path / "model", tmp_path / "saved"
+    shutil.copytree(TINY, model)
+    flags = {"model": str(model), "save_dir": saved, "tensorboard": True}
+
+    def child():
+        die_at(torch.optim.AdamW, "step", 15)
+        run(**LONG | flags)
+
+    killed(child)
+    shutil.rmtree(model)
+    torch.manual_seed(77)
+    folder, _ = checkpoint()
+    result = gpt2.main(gpt2.Args(resume=folder))
+    assert {k: v for k, v in result.items() if k != "seconds"} == uninterrupted[1]
+    policy, _ = gpt2.load_gpt2(str(saved))
+    assert same(dict(policy.state_dict()), uninterrupted[0]["policy"])
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert [event.step for event in events.Scalars("charts/score")] == list(range(8, 49, 8))
+
+
+def test_no_checkpoint_before_the_first(capsys):
+    killed(lambda: (die_at(torch.optim.AdamW, "step", 2), run(**LONG, tensorboard=True)))
+    (folder,) = Path("runs").iterdir()
+    stops({"resume": folder}, "--resume", capsys)
+
+
+def test_resume_takes_no_other_flags(uninterrupted, capsys):
+    run(checkpoint_every=1)
+    folder, _ = checkpoint()
+    stops({"resume": folder, "seed": 2}, "--resume", capsys)
+    stops({"resume": folder, "learning_rate": 1e-3}, "--resume", capsys)
+    stops({"resume": Path("nowhere")}, "--resume", capsys)
+
+
+# ---------------------------------------------------------------- Several processes
+
+
+def test_two_processes_do_what_one_does(tmp_path, default_result):
+    """The real torchrun with gloo; the same batch, so the same weights but for rounding."""
+    flags = SMALL | {"reward": "composite", "ent_coef": 0.1, "whiten_rewards": False, "top_k": 60}
+    run(**flags | {"save_dir": tmp_path / "one"})
+    words = ["--no-tensorboard", "--save-dir", "two"]
+    for name, value in flags.items():
+        if name not in ("tensorboard", "whiten_rewards"):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    words += ["--no-whiten-rewards", "--checkpoint-every", "1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(ROOT / "gpt2_sentiment.py"), *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("gpt2_sentiment.py: cpu") == 1  # only one of them talks
+    check_same_weights(tmp_path / "one", tmp_path / "two")
+    assert sorted(os.listdir(tmp_path)) == ["one", "runs", "two"]
+
+
+# ---------------------------------------------------------------- Half precision
+
+
+def test_bfloat16_keeps_logprobs_values_and_losses_in_float32(monkeypatch):
+    """On the processor, where it is no use but runs: rounded, and no less careful than that."""
+    monkeypatch.setattr(gpt2, "check_args", lambda args: None)
+    rollouts, losses = spy(monkeypatch, "rollout"), spy(monkeypatch, "policy_loss")
+    result = run(bf16=True, separate_critic=True, total_episodes=8)
+    assert all(map(math.isfinite, result.values()))
+    assert result != run(separate_critic=True, total_episodes=8)
+    assert all(x is None or x.dtype == torch.float32 for _, found, _ in rollouts for x in found[2:])
+    for (logprobs, old, *_), (loss, _), _ in losses:
+        assert logprobs.dtype == old.dtype == loss.dtype == torch.float32
+    assert losses[0][1][1]["ratio"] == pytest.approx(1, abs=0.02)
+
+
+# ---------------------------------------------------------------- Wrong values
+
+
+def stops(flags, named, capsys, status=2):
+    """One line, status 2, nothing on standard output."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        gpt2.main(gpt2.Args(**flags))
+    out, error = capsys.readouterr()
+    assert stop.value.code == status and error.count("\n") == 1, error
+    assert error.startswith("error: ") and named in error and out == ""
+    return error
+
+
+INF, NAN = math.inf, math.nan
+BAD = {
+    "total_episodes": [0, -1, 7],
+    "batch_size": [0, 17],
+    "update_epochs": [0],
+    "num_minibatches": [0, 3],
+    "micro_batch_size": [0],
+    "checkpoint_every": [0, -1],
+    "eval_samples": [0],
+    "response_length": [0],
+    "kl_horizon": [0],
+    "learning_rate": [0.0, -1.0, INF, NAN],
+    "max_grad_norm": [0.0, NAN],
+    "temperature": [0.0, -1.0, INF, NAN],
+    "clip_coef": [0.0, NAN],
+    "vf_clip_coef": [0.0, NAN],
+    "target_kl": [0.0, NAN],
+    "kl_target": [0.0, INF],
+    "seed": [-1],
+    "pretrain_steps": [-1],
+    "kl_coef": [-0.1, NAN],
+    "vf_coef": [-1.0, INF],
+    "ent_coef": [-1.0, NAN],
+    "top_k": [-1],
+    "top_p": [0.0, -0.5, 1.5, NAN],
+    "gamma": [-0.1, 1.1, NAN],
+    "gae_lambda": [-0.1, 1.1, NAN],
+    "device": ["cuda"],
+    "bf16": [True],
+    "save_dir": [Path("missing/model"), Path(".")],
+    "prompts": [Path("missing"), Path(".")],
+}
+
+
+@pytest.mark.parametrize("flag,value", [(f, v) for f, values in BAD.items() for v in values])
+def test_bad_values_end_with_one_line_and_nothing_written(flag, value, capsys, tmp_path):
+    if value == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a cuda device")
+    named = "total-episodes" if value == 17 else flag.replace("_", "-")
+    stops(SMALL | {"tensorboard": True, flag: value}, f"--{named}", capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["--reward", "fun"], ["--seed", "x"], ["--lambda", "1"]])
+def test_bad_words_are_refused_by_the_parser(words):
+    with pytest.raises(SystemExit) as stop:
+        tyro.cli(gpt2.Args, args=words)
+    assert stop.value.code == 2
+
+
+def test_an_adaptive_coefficient_cannot_start_at_zero(capsys):
+    stops(SMALL | {"kl_coef": 0.0, "kl_target": 1.0}, "--kl-target", capsys)
+
+
+def test_prompts_that_are_of_no_use(tmp_path, capsys):
+    file = tmp_path / "prompts"
+    for content in (b"", b"\n \n\t\n"):
+        file.write_bytes(content)
+        stops(SMALL | {"prompts": file}, f"--prompts {file}", capsys)
+    file.write_bytes(b"\xff\xfe\x00\x81")
+    stops(SMALL | {"prompts": file}, f"--prompts {file}", capsys)
+
+
+def test_prompts_longer_than_the_context(tmp_path, capsys):
+    file = tmp_path / "prompts"
+    file.write_text("Yes\n" + "I love how " * 12)
+    error = stops(SMALL | {"prompts": file}, "I love how", capsys)
+    assert "40" in error  # the context of this model
+    file.write_text("Yes\n")
+    error = stops(SMALL | {"prompts": file, "response_length": 60}, "--response-length", capsys)
+    assert os.listdir() == ["prompts"]
+
+
+def test_a_prompt_that_just_fits_is_used_and_one_token_more_is_not(tmp_path, capsys):
+    _, tokenizer = gpt2.load_gpt2(str(TINY))
+    prompt = "Yes" + "!" * 32  # with bos 40 - 5 tokens
+    assert len(tokenizer.encode(prompt).ids) == 34
+    train, held_out = tmp_path / "train", tmp_path / "held_out"
+    train.write_text(prompt), held_out.write_text("a\nb\nc\nd\n" + prompt)
+    run(prompts=train), run(prompts=held_out)
+    train.write_text(prompt + "!"), held_out.write_text("a\nb\nc\nd\n" + prompt + "!")
+    stops(SMALL | {"prompts": train}, "--response-length", capsys)
+    stops(SMALL | {"prompts": held_out}, "--response-length", capsys)
+
+
+def test_a_file_named_runs_is_in_the_way(tmp_path, capsys):
+    (tmp_path / "runs").write_text("")
+    stops(SMALL | {"tensorboard": True}, "--no-tensorboard", capsys)
+    stops(SMALL | {"checkpoint_every": 1}, "--checkpoint-every", capsys)
+
+
+def test_a_model_folder_that_is_there_already(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("mine")
+    stops(SMALL | {"save_dir": tmp_path / "mine"}, "--save-dir", capsys)
+    (tmp_path / "file").write_text("mine")
+    stops(SMALL | {"save_dir": tmp_path / "file"}, "--save-dir", capsys)
+    stops(SMALL | {"save_dir": tmp_path / "file" / "model"}, "--save-dir", capsys)
+    assert sorted(os.listdir()) == ["file", "mine"]
+
+
+def test_weights_that_explode_stop_the_run(monkeypatch, capsys):
+    endless = lambda prompts, responses: [math.inf] * len(responses)  # noqa: E731
+    monkeypatch.setitem(gpt2.REWARDS, "sentiment", endless)
+    with pytest.raises(SystemExit) as stop:
+        run()
+    assert "rollout 1" in str(stop.value.code) and "--learning-rate" in str(stop.value.code)
+
+
+def test_a_tiny_target_still_takes_the_first_step(monkeypatch):
+    steps = spy(monkeypatch, "clip_grad_norm_", torch.nn.utils)
+    run(target_kl=1e-30)
+    assert len(steps) == 2  # one a rollout
+    steps.clear()
+    run(target_kl=1e9)
+    assert len(steps) == 8
+
+
+# ---------------------------------------------------------------- What a run does and leaves
+
+
+def test_reference_is_frozen_and_nothing_is_left_behind(monkeypatch, tmp_path):
+    programs.check_reference_is_frozen(monkeypatch, run)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_training_prompts_are_what_is_trained_on(monkeypatch):
+    calls = spy(monkeypatch, "rollout")
+    run(batch_size=64, total_episodes=128, eval_samples=20)
+    _, tokenizer = gpt2.load_gpt2(str(TINY))
+    train, held_out = gpt2.read_prompts(None)
+    seen = {True: set(), False: set()}
+    for (_, critic, _, prompts, real, *_), *_ in calls:
+        for x, m in zip(prompts, real, strict=True):
+            seen[critic is not None].add(tokenizer.decode(x[m].tolist()))
+    assert seen[True] <= set(train) and len(seen[True]) > 15
+    assert set(held_out) <= seen[False] and not set(held_out) & seen[True]
+
+
+def test_the_first_step_is_as_long_as_the_learning_rate(monkeypatch):
+    """Adam's first step is the learning rate, for each weight; the critic's is ten times that."""
+    seen = spy(
+        monkeypatch,
+        "clip_grad_norm_",
+        torch.nn.utils,
+        lambda parameters, *a: [p.detach().clone() for p in parameters],
+    )
+    run(num_minibatches=1, total_episodes=8)  # one rollout: the rate has only fallen to its end
+    (_, _, start), (_, _, end) = seen
+    *policy, weight, bias = [(b - a).abs().max().item() for a, b in zip(start, end, strict=True)]
+    assert max(policy) == pytest.approx(3e-3, rel=0.02)  # weight decay adds a little
+    assert weight == pytest.approx(3e-2, rel=1e-3) and bias == pytest.approx(3e-2, rel=1e-3)
+
+
+def test_evaluations_before_and_after_use_the_same_noise(monkeypatch, default_result):
+    """With a learning rate that changes nothing the texts are the same: half of all is won."""
+    result = run(learning_rate=1e-12)
+    for name in ("reward", "held_out_reward", "distinct_2", "repetition", "entropy"):
+        assert result[name] == pytest.approx(result[f"{name}_before"], abs=1e-5)
+    assert result["win_rate"] == result["held_out_win_rate"] == 0.5
+    assert default_result["reward"] != default_result["reward_before"]
+
+
+def test_results_are_what_the_texts_say(monkeypatch, capsys):
+    calls, rollouts = spy(monkeypatch, "evaluate_texts"), spy(monkeypatch, "rollout")
+    end_sooner(monkeypatch)
+    result = run(eval_samples=12, response_length=8)
+    rollouts = [found for arguments, found, _ in rollouts if arguments[1] is None]
+    for found, ((*_,), (metrics, *_), _) in zip(rollouts, calls, strict=True):
+        responses, _, logprobs, ref_logprobs, _, entropy = [
+            x if x is None else x.tolist() for x in found
+        ]
+        lengths = [min([*y, EOS].index(EOS) + 1, 8) for y in responses]
+        assert len(set(lengths)) > 1
+        ratios = [
+            sum(a[:n]) - sum(b[:n]) for a, b, n in zip(logprobs, ref_logprobs, lengths, strict=True)
+        ]
+        assert metrics["kl"] == pytest.approx(sum(ratios) / 12, abs=1e-4)
+        entropies = [sum(row[:n]) for row, n in zip(entropy, lengths, strict=True)]
+        assert metrics["entropy"] == pytest.approx(sum(entropies) / 12, rel=1e-4)
+        assert metrics["length"] == pytest.approx(sum(lengths) / 12)
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    for line, group, prefix in zip(lines, ("training", "held-out"), ("", "held_out_"), strict=True):
+        r = {key: result[prefix + key] for key in result if prefix + key in result}
+        said = f"{group}: reward {r['reward_before']:.2f} ± {r['reward_se_before']:.2f} -> "
+        assert line.startswith(said + f"{r['reward']:.2f} ± {r['reward_se']:.2f}  ")
+        assert f"win rate {r['win_rate']:.2f}" in line and f"KL {r['kl']:.2f}" in line
+        assert f"distinct-2 {r['distinct_2_before']:.3f} -> {r['distinct_2']:.3f}" in line
+        assert f"repetition {r['repetition_before']:.3f} -> {r['repetition']:.3f}" in line
+    assert len(calls) == 4
+    for prefix in ("", "held_out_"):
+        pair = [c for c in calls if (len(c[0][2]) == 10) == bool(prefix)]
+        scores = []
+        for suffix, (_, (_, heads, texts, rewards), _) in zip(("_before", ""), pair, strict=True):
+            assert rewards == pytest.approx(variety(heads, texts), abs=1e-5)
+            mean = sum(rewards) / 12
+            error = math.sqrt(sum((r - mean) ** 2 for r in rewards) / 11 / 12)
+            assert result[f"{prefix}reward{suffix}"] == pytest.approx(mean, abs=1e-5)
+            assert result[f"{prefix}reward_se{suffix}"] == pytest.approx(error, abs=1e-5)
+            assert result[f"{prefix}distinct_2{suffix}"] == gpt2.distinct_2(texts)
+            assert result[f"{prefix}repetition{suffix}"] == gpt2.repetition(texts)
+            scores.append(rewards)
+        wins = sum(1 if b > a else 0.5 if a == b else 0 for a, b in zip(*scores, strict=True))
+        assert result[f"{prefix}win_rate"] == wins / 12
+
+
+def test_the_learning_rate_rises_then_falls(tmp_path):
+    flags = {"batch_size": 2, "total_episodes": 80, "num_minibatches": 1, "update_epochs": 1}
+    run(tensorboard=True, eval_samples=2, response_length=2, **flags)
+    events = EventAccumulator(str(next((tmp_path / "runs").iterdir())))
+    events.Reload()
+    rates = [event.value / 3e-3 for event in events.Scalars("charts/learning_rate")]
+    assert rates[0] == pytest.approx(0.5) and rates[-1] == pytest.approx(1 / 40)
+    assert max(rates) == rates[1] == pytest.approx(39 / 40)
+
+
+def test_program_in_a_shell(tmp_path):
+    """The real command with the embedded model: its output, events, checkpoint and saved model."""
+    words = "--pretrain-steps 3 --total-episodes 12 --batch-size 4 --eval-samples 5 --save-dir out"
+    words += " --response-length 6 --checkpoint-every 2 --kl-target 3"
+    command = [sys.executable, str(ROOT / "gpt2_sentiment.py"), *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("gpt2_sentiment.py: cpu, seed 1, ") and "100%" in done.stdout
+    assert {p.name for p in tmp_path.iterdir()} == {"runs", "out"}
+    policy, tokenizer = gpt2.load_gpt2("out")
+    assert tokenizer.id_to_token(policy.config.eos_token_id) == "<|endoftext|>"
+    (folder,) = Path("runs").iterdir()
+    assert folder.name.startswith("gpt2_sentiment__1__")
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert state["rollout"] == 3 and same(state["policy"], dict(policy.state_dict()))
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    charts = "score score_std kl kl_coef response_length eos_rate learning_rate episodes_per_second"
+    losses = (
+        "policy_loss value_loss entropy approx_kl clipfrac explained_variance grad_norm ratio_first"
+    )
+    tags = events.Tags()
+    wanted = {f"charts/{t}" for t in charts.split()} | {f"losses/{t}" for t in losses.split()}
+    wanted |= {f"eval/{name}" for name in ("reward", "held_out_reward", "kl", "win_rate")}
+    assert wanted <= set(tags["scalars"])
+    texts = [tag for tag in tags["tensors"] if "hyperparameters" not in tag]
+    assert texts and len(texts) < len(tags["tensors"])
+    for event in events.Scalars("losses/ratio_first"):
+        assert abs(event.value - 1) < 1e-5  # before the first step the policy is the old one
+    assert abs(events.Scalars("charts/kl")[0].value) < 1e-5
+    assert events.Scalars("charts/kl_coef")[1].value != events.Scalars("charts/kl_coef")[0].value
+
+
+def test_an_unknown_model_in_a_shell(tmp_path):
+    """No network: the address is a port of this machine that nobody listens to."""
+    home = tmp_path / "home"
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(home)}
+    environment |= {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / "gpt2_sentiment.py"), "--model", "nobody/nothing"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1 and "--model embedded" in done.stderr
+    assert {p.name for p in tmp_path.iterdir()} <= {"home"}
