@@ -21,6 +21,7 @@ import grpo
 import ppo
 import reinforce
 
+dpo, reward_model = (pytest.importorskip(name) for name in ("dpo", "reward_model"))
 EOS, LONGEST = grpo.EOS, 7
 PAIRS = [[[4, 3, 3]], [[2, 8, EOS]], [[1, EOS]]]
 
@@ -50,8 +51,6 @@ def trainers(tmp_path_factory):
 
     def get(method):
         if method not in made:
-            if method not in ("grpo", "rloo"):
-                pytest.importorskip(bench.SCRIPTS[method])
             job = bench.Job(method, 1, 1e-3, 64, rollouts=8)
             if method not in ("grpo", "rloo"):
                 job.pairs = PAIRS
@@ -341,8 +340,6 @@ def dpo_batch(rows=12):
 
 
 def our_dpo(new, ref, mask, *how, length_normalize=False):
-    import dpo
-
     sums = [dpo.response_logprobs(x, mask, length_normalize).view(2, -1) for x in (new, ref)]
     return dpo.dpo_loss(*sums, torch.zeros(len(mask) // 2, dtype=torch.bool), *how)[0]
 
@@ -396,8 +393,6 @@ def test_smoothed_sigmoid_is_silently_not_smoothed_in_trl(trainers, monkeypatch)
 
 def test_dpo_from_tokens_to_loss(trainers, monkeypatch):
     """Its collator, padding and models, on pairs of unequal length."""
-    import dpo
-
     trainer, reference = trainers("dpo")
     policy = random_gpt()
     before = {name: w.clone() for name, w in trainer.model.state_dict().items()}
@@ -435,8 +430,6 @@ def with_head(model):
 
 # ---------------------------------------------------------------- Reward model
 def test_reward_loss(trainers):
-    import reward_model
-
     trainer, _ = trainers("reward")
     scores = float64(24).requires_grad_()
     model = lambda **_: SimpleNamespace(logits=scores[:, None])  # noqa: E731
@@ -447,8 +440,6 @@ def test_reward_loss(trainers):
 
 
 def test_reward_is_read_at_eos_if_padding_is_another_token(trainers):
-    import reward_model
-
     trainer, _ = trainers("reward")
     gpt = bench.from_gpt2(trainer.model)
     prompts = grpo.make_prompts()[0][:16]
@@ -494,11 +485,10 @@ def test_rewards_are_the_tasks():
 
 
 def test_pairs_file_is_read_back(tmp_path):
-    script = pytest.importorskip("dpo")
     pairs = bench.draw_pairs(random_gpt(), 20, 4, 0.5, seed=3)
     assert 0 < len(pairs[0]) <= 20 * 6
     bench.write_pairs(pairs, tmp_path / "pairs.jsonl")
-    columns = script.read_preferences(tmp_path / "pairs.jsonl")
+    columns = dpo.read_preferences(tmp_path / "pairs.jsonl")
     assert tuple(column.tolist() for column in columns[:3]) == pairs and not columns[3].any()
 
 
