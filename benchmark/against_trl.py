@@ -5,8 +5,11 @@
     python benchmark/against_trl.py --quick      # a few steps of each, to see that all of it works
 
 Both sides start from the same weights, a GPT fitted to demonstrations, and take the same batches,
-losses, optimizer and schedule. Three comparisons:
+losses, optimizer and schedule. What is measured, and --parts chooses from:
 
+  rates      success on training prompts over learning rates, of other seeds, for grpo and rloo:
+             each side then takes its best. dpo and reward take the script's own, since TRL's loss,
+             optimizer and schedule are the same.
   speed      completions or pairs a second, the sides taking turns in one process
   learning   exact results on the held-out prompts after the same number of episodes or pairs
   race       seconds from the command, with imports and all, to 0.95 exact held-out success
@@ -36,7 +39,7 @@ from pathlib import Path
 from unittest import mock
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
 STARTED = float(os.environ.get("AGAINST_TRL_STARTED", time.time()))  # when a race was started
 
 import torch  # noqa: E402
