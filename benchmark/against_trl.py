@@ -402,17 +402,17 @@ UNITS = {"grpo": "completions", "rloo": "completions", "dpo": "pairs", "reward":
 SIDES = ["ours", "TRL"]
 
 
-def make_job(method, seed, start, steps=None, learning_rate=None):
-    """The scripts' defaults, in rollouts of 64 prompts × 8; or, for speed, about so many steps.
+def make_job(method, seed, start, steps=None, learning_rate=None, minibatches=4):
+    """The scripts' defaults, in rollouts of 64 prompts × 8. With steps, for speed: so many of them.
 
-    GRPO learns by 4 gradient steps a rollout; for speed 1 a rollout, at which TRL is quickest. For
-    speed the reward model, too, gets larger batches than by default.
+    minibatches: gradient steps a rollout of grpo. For speed the reward model gets larger batches
+    than by default, at which TRL is quicker.
     """
     args = __import__(SCRIPTS[method]).Args
     job = Job(method, seed, learning_rate or args.learning_rate, BATCH)
     if method in ("grpo", "rloo"):
         job.rollouts = steps or args.total_episodes // BATCH
-        job.batch = BATCH // 4 if method == "grpo" and steps is None else BATCH
+        job.batch = BATCH // minibatches if method == "grpo" else BATCH
         return job
     job.batch, job.epochs = args.minibatch_size, args.epochs
     if method == "dpo":
@@ -462,13 +462,13 @@ def measure_learning(method, seeds, rates, steps=None):
     return results
 
 
-def measure_speed(method, turns, steps):
+def measure_speed(method, turns, steps, minibatches=4):
     """Completions or pairs a second of each side in turn, by the clock and by processor time.
 
     The latter hardly depends on what else the machine does, but adds up what threads do at once.
     """
     start = warm_start(1)
-    job = make_job(method, 1, start, steps)
+    job = make_job(method, 1, start, steps, minibatches=minibatches)
     rates = {side: [] for side in SIDES}
     for turn in range(turns + 1):
         for side in SIDES if turn % 2 else SIDES[::-1]:
@@ -568,7 +568,7 @@ def tables(found):
                 ours, theirs = (statistics.median(x) for x in both)
                 ratios = sorted(a / b for a, b in zip(*both, strict=True))
                 ratio = f"{ours / theirs:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-                name = f"{method}, {UNITS[method]}"
+                name = f"{method}, {UNITS[method.split(',')[0]]}"
                 lines.append(f"| {name} | {ours:,.0f} | {theirs:,.0f} | {ratio} |")
             lines.append("")
     if "rates" in found:
@@ -633,6 +633,9 @@ def main():
     for method in args.methods:
         if "speed" in args.parts:
             found["speed"][method] = measure_speed(method, args.turns, args.steps)
+            if method == "grpo":  # TRL is quickest so, and then needs no old log-probabilities
+                once = measure_speed(method, args.turns, args.steps, minibatches=1)
+                found["speed"]["grpo, 1 step a rollout"] = once
         if "rates" in args.parts and method in ("grpo", "rloo"):
             found["rates"][method] = choose_rates(method, args.rate_seeds, args.rates)
         rates = {side: best_rate(found, method, side) for side in SIDES}
