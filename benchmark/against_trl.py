@@ -190,11 +190,11 @@ class Clock:
             self.look(len(self.times))
             self.stopped += time.perf_counter() - now
 
-    def rates(self, amount):
-        """Units a second, and a second of processor time, if `amount` was done; but the first step,
-        which warms up."""
-        done = amount * (1 - 1 / len(self.times))
-        return [done / (times[-1] - times[0]) for times in (self.times, self.worked)]
+    def rates(self, job):
+        """Units a second, and a second of processor time; the first rollout or step warms up."""
+        first = 1 if job.pairs is not None else BATCH // job.batch
+        done = job.amount * (1 - first / len(self.times))
+        return [done / (times[-1] - times[first - 1]) for times in (self.times, self.worked)]
 
 
 def draw_pairs(start, groups, size, temperature, seed):
@@ -472,7 +472,7 @@ def measure_speed(method, turns, steps, minibatches=4):
     rates = {side: [] for side in SIDES}
     for turn in range(turns + 1):
         for side in SIDES if turn % 2 else SIDES[::-1]:
-            rate = run(side, job, start)[1].rates(job.amount)
+            rate = run(side, job, start)[1].rates(job)
             say(f"{method}, speed, turn {turn}, {side}: {rate[0]:,.0f} a second")
             if turn:  # the first only warms up
                 rates[side].append(rate)
@@ -483,7 +483,7 @@ def race(side, method, seed, goal, learning_rate):
     """In a process of its own: seconds from its start to the goal; looking does not count."""
     start = warm_start(seed) if side == "TRL" else None  # our script makes its own, and the pairs
     job = make_job(method, seed, start, learning_rate=learning_rate)
-    every = {"grpo": 8, "rloo": 2, "dpo": 10}[method]  # some thousand completions or pairs
+    every = {"grpo": 16, "rloo": 4, "dpo": 20}[method]  # steps: 2,048 completions, 10,240 pairs
     best, prompts = [0.0], grpo.make_prompts()[1]
 
     def look(steps, policy):
