@@ -3,6 +3,7 @@
     pip install -r requirements.txt -r benchmark/requirements.txt
     python benchmark/against_trl.py              # tables, and benchmark/results/against_trl.json
     python benchmark/against_trl.py --quick      # a few steps of each, to see that all of it works
+    python benchmark/against_trl.py --methods dpo --seeds 1 2    # anew; the rest of the file stays
 
 Both sides start from the same weights, a GPT fitted to demonstrations, and take the same batches,
 losses, optimizer and schedule. What is measured, and --parts chooses from:
@@ -429,7 +430,7 @@ def make_job(method, seed, start, steps=None, learning_rate=None, minibatches=4)
 
 def choose_rates(method, seeds, rates):
     """Success on training prompts of each side, one entry a seed, at each learning rate."""
-    found = {side: {rate: [] for rate in rates} for side in SIDES}
+    found = {side: {str(rate): [] for rate in rates} for side in SIDES}
     prompts = grpo.make_prompts()[0][:183]
     for seed in seeds:
         start = warm_start(seed)
@@ -438,7 +439,7 @@ def choose_rates(method, seeds, rates):
                 job = make_job(method, seed, start, learning_rate=rate)
                 policy = run(side, job, start)[2]
                 success = evaluate_policy(policy, start, job, prompts)["success"]
-                found[side][rate].append(success)
+                found[side][str(rate)].append(success)
                 say(f"{method}, learning rate {rate}, seed {seed}, {side}: {success:.4f}")
     return found
 
@@ -446,7 +447,7 @@ def choose_rates(method, seeds, rates):
 def best_rate(found, method, side):
     """The learning rate with the best mean, of those tried; else the script's own."""
     tried = found.get("rates", {}).get(method, {}).get(side)
-    return max(tried, key=lambda rate: statistics.mean(tried[rate])) if tried else None
+    return float(max(tried, key=lambda x: statistics.mean(tried[x]))) if tried else None
 
 
 def measure_learning(method, seeds, rates, steps=None):
@@ -560,7 +561,7 @@ def spread(values, digits=3):
 def tables(found):
     """The results as markdown."""
     lines = []
-    if "speed" in found:
+    if found.get("speed"):
         for kind, name in enumerate(["second", "second of processor time"]):
             lines += [f"| units a {name} | ours | TRL | times faster |", "|-|-|-|-|"]
             for method, rates in found["speed"].items():
@@ -571,14 +572,14 @@ def tables(found):
                 name = f"{method}, {UNITS[method.split(',')[0]]}"
                 lines.append(f"| {name} | {ours:,.0f} | {theirs:,.0f} | {ratio} |")
             lines.append("")
-    if "rates" in found:
+    if found.get("rates"):
         lines += ["| success on training prompts by learning rate | ours | TRL |", "|-|-|-|"]
         for method, tried in found["rates"].items():
             for rate in tried["ours"]:
                 cells = [spread(tried[side][rate], 4) for side in SIDES]
                 lines.append(f"| {method}, {rate} | {cells[0]} | {cells[1]} |")
         lines.append("")
-    if "learning" in found:
+    if found.get("learning"):
         lines += ["| held-out, exact | measure | ours | TRL |", "|-|-|-|-|"]
         for method, results in found["learning"].items():
             names = ["accuracy", "correlation", "best_of_16"]
@@ -587,7 +588,7 @@ def tables(found):
                 cells = [spread([r[name] for r in results[side]]) for side in SIDES]
                 lines.append(f"| {method} | {name} | {cells[0]} | {cells[1]} |")
         lines.append("")
-    if "race" in found:
+    if found.get("race"):
         lines += [f"| seconds to {found['goal']} held-out success | ours | TRL |", "|-|-|-|"]
         for method, results in found["race"].items():
             cells = []
@@ -629,8 +630,13 @@ def main():
     if args.quick:
         args.turns, args.steps, args.seeds, args.parts = 1, 6, [1], ["speed", "learning"]
         args.output = None
-    found = {"measured": machine(), "goal": args.goal} | {part: {} for part in args.parts}
+    found = {}
+    if args.output is not None and args.output.exists():  # of other methods and parts
+        found = json.loads(args.output.read_text())
+    found |= {part: found.get(part, {}) for part in [*args.parts, "measured"]}
+    found["goal"] = args.goal
     for method in args.methods:
+        found["measured"][method] = machine()
         if "speed" in args.parts:
             found["speed"][method] = measure_speed(method, args.turns, args.steps)
             if method == "grpo":  # TRL is quickest so, and then needs no old log-probabilities
@@ -648,7 +654,9 @@ def main():
         if args.output is not None:  # after each method, for it takes long
             args.output.parent.mkdir(exist_ok=True)
             args.output.write_text(json.dumps(found, indent=1) + "\n")
-    print(", ".join(f"{name} {value}" for name, value in found["measured"].items()) + "\n")
+    for method, how in found["measured"].items():
+        print(f"{method}: " + ", ".join(f"{name} {value}" for name, value in how.items()))
+    print()
     print(tables(found))
 
 
