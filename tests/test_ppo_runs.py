@@ -277,7 +277,8 @@ def test_the_learning_rate_rises_then_falls(tmp_path):
     run(tensorboard=True, batch_size=16, total_episodes=640, num_minibatches=1, update_epochs=1)
     events = EventAccumulator(str(next((tmp_path / "runs").iterdir())))
     events.Reload()
-    rates = [event.value / ppo.Args.learning_rate for event in events.Scalars("charts/learning_rate")]
+    points = events.Scalars("charts/learning_rate")
+    rates = [point.value / ppo.Args.learning_rate for point in points]
     assert rates[0] == pytest.approx(2.5 / 40) and rates[-1] == pytest.approx(0.625 / 40)
     assert max(rates) == rates[8] == pytest.approx(39.375 / 40)
     assert rates[:9] == sorted(rates[:9]) and rates[8:] == sorted(rates[8:], reverse=True)
