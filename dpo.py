@@ -7,15 +7,14 @@ prefer A to B with odds exp((R(A) - R(B)) / τ) make π* ∝ π_ref · exp(R / (
 that of J = E[R] - τβ · KL(π ‖ π_ref): reward and policy are learned at once. Other losses, length
 normalisation and the judgements of a file have other optima; J is then but a yardstick.
 
-What does what (measured with one seed, on prompts kept aside). β: large stays close to the
-reference; small asks for log-ratios of 1/(τβ) nats. As only differences are trained, chosen
-responses, too, become less likely, and what no pair shows can take their place: from 24,576 lone
-pairs β = 0.1 made success 0.62, 0.3 0.79, 0.5 0.82, 1 0.79. Kind of pairs: without those of equal
-reward, half of all, success was the same but KL 0.54, not 0.34: these hold alike what is alike.
-Number: to judge all pairs of a group costs no more passes, as a response is read once for all
-its pairs (for reward models Ouyang et al. 2022, arXiv:2203.02155, section 3.5). With as many passes
-lone pairs made 0.88, groups of four 0.90, of eight 0.92. The learning rate warms up, as Adam's
-first steps are as large as any; then it takes a thousand and more of them.
+What does what. β: large stays close to the reference; small asks for log-ratios of 1/(τβ) nats. As
+only differences are trained, chosen responses, too, become less likely, and what no pair shows can
+take their place: too small a β succeeds less, not more. Kind of pairs: those of equal reward are no
+waste, as they hold alike what is alike; without them the KL grows. Number: to judge all pairs of a
+group costs no more passes, as a response is read once a step for all its pairs (for reward models
+Ouyang et al. 2022, arXiv:2203.02155, section 3.5). Learning rate: it rises slowly, as the first
+steps of Adam are long in any direction, and a policy that is thrown off does not come back: there
+are no new samples to correct it.
 
 The task: given three digits, write two more and EOS, so that all five sum to 20. A small GPT is
 fitted to demonstrations, frozen as the reference, then tuned. All its responses can be enumerated,

@@ -90,7 +90,6 @@ def main():
     parser.add_argument("--scripts", nargs="+", choices=SEEDS, default=list(SEEDS))
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for script in args.scripts:
         runs, outputs = [], []
         for seed in range(1, SEEDS[script] + 1):
@@ -98,6 +97,7 @@ def main():
             runs.append(result)
             outputs.append(output)
             print(f"{script} seed {seed}: {output.splitlines()[-1]}", flush=True)
+        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         command = f"python benchmark/run.py --scripts {script} --threads {args.threads}"
         results[script] = {"command": command, "machine": machine(args.threads), "runs": runs}
         if script != "digits_sum20":
