@@ -107,15 +107,17 @@ def check_args(args):
         check(args, "resume", lambda v: (v / "checkpoint.pt").is_file(), why)
         return
     counts = "total_episodes batch_size update_epochs num_minibatches kl_horizon response_length"
-    counts += " micro_batch_size checkpoint_every eval_samples"
+    counts += " micro_batch_size checkpoint_every"
     check(args, counts, lambda v: v >= 1, "must be 1 or more")
     positive = "learning_rate max_grad_norm temperature clip_coef vf_clip_coef target_kl kl_target"
     check(args, positive, lambda v: 0 < v < 2**63, "must be above 0, and finite")
     amounts = "seed pretrain_steps kl_coef vf_coef ent_coef top_k"
     check(args, amounts, lambda v: 0 <= v < 2**63, "must be 0 or more, and finite")
+    check(args, "eval_samples", lambda v: v >= 2, "must be 2 or more, for a standard error")
     check(args, "gamma gae_lambda", lambda v: 0 <= v <= 1, "must be between 0 and 1")
     check(args, "top_p", lambda v: 0 < v <= 1, "must be above 0 and at most 1")
-    check(args, "kl_target", lambda v: args.kl_coef > 0, "cannot adapt --kl-coef 0; start above 0")
+    why = "cannot adapt --kl-coef 0; start that above 0, or give --kl-target None"
+    check(args, "kl_target", lambda v: args.kl_coef > 0, why)
     check(args, "device", lambda v: v == "cpu" or torch.cuda.is_available(), "is not here; use cpu")
     check(args, "bf16", lambda v: args.device == "cuda" or not v, "needs --device cuda")
     runs = "runs" if os.path.lexists("runs") else "."
@@ -243,7 +245,7 @@ def composite_reward(prompts, responses):
         count, wanted = len(response.split()), set(words(prompt))
         length = min(1.0, count / 50) if count <= 500 else max(0.0, 1 - (count - 500) / 500)
         relevance = len(wanted & set(words(response))) / max(len(wanted), 1)
-        marks = "\n\n", r"[.!?]\s+[A-Z]", r"\A[A-Z]"
+        marks = "\n\n", r"[.!?]\s+[A-Z]", r"\A ?[A-Z]"
         formatting = sum(bool(re.search(mark, response)) for mark in marks) / 3
         scores.append(0.2 * length + 0.5 * relevance + 0.3 * formatting)
     return scores
@@ -408,8 +410,9 @@ def fetch(name, *files):
         return next((Path(name, file) for file in files if Path(name, file).is_file()), None)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         stop(f"--model {name}: is no directory; {OTHERWISE}")
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import errors, hf_hub_download, logging
 
+    logging.set_verbosity_error()  # what goes wrong is said below, in one line
     unreachable = None
     for file in files:
         try:
@@ -418,6 +421,8 @@ def fetch(name, *files):
             unreachable = error  # the hub, and the file is not in the cache; maybe the next one is
         except errors.EntryNotFoundError:
             continue
+        except errors.GatedRepoError:
+            stop(f"--model {name}: needs a login that may read it, hf auth login; {OTHERWISE}")
         except errors.RepositoryNotFoundError:
             stop(f"--model {name}: the hub has no such model; {OTHERWISE}")
         except Exception as error:  # from the network, the hub, the disk
@@ -534,7 +539,7 @@ def save_gpt2(policy, tokenizer, directory):
     from safetensors.torch import save_file
 
     directory, config = Path(directory), policy.config
-    part = directory.with_name(directory.name + ".part")
+    part = directory.with_name(f"{directory.name}.{os.getpid()}.part")  # nobody else's
     described = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"} | asdict(config)
     described |= {"n_ctx": config.n_positions, "n_inner": None, "activation_function": "gelu_new"}
     described |= {"tie_word_embeddings": True, "dtype": "float32"}
@@ -547,7 +552,6 @@ def save_gpt2(policy, tokenizer, directory):
         tensor = tensor.t() if re.search(r"\.c_\w+\.weight$", name) else tensor
         weights[f"transformer.{name}"] = tensor.contiguous()
     try:
-        shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         (part / "config.json").write_text(json.dumps(described, indent=2))
         (part / "tokenizer_config.json").write_text(json.dumps(ours, indent=2))
@@ -1042,7 +1046,7 @@ def main(args: Args) -> dict[str, float]:
         kl = masked_sum(kl, mask).mean()
         adaptive_kl.update(kl.item(), size)
         losses = {name: torch.stack([m[name] for m in updates]).mean() for name in updates[0]}
-        losses["ratio_first"] = updates[0]["ratio"]  # 1 if what samples is what is trained
+        losses["ratio_first"] = updates[0]["ratio"]  # not 1: rows or positions are mixed up
         losses["explained_variance"] = 1 - (returns - old_values)[mask].var() / returns[mask].var()
         charts = {"score": scores.mean(), "score_std": scores.std(), "kl": kl}
         charts |= {"response_length": mask.sum(1).float().mean(), "learning_rate": learning_rate}

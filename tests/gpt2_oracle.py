@@ -124,7 +124,8 @@ def composite(prompt, response):
     asked, said = set(split(prompt)), set(split(response))
     relevance = sum(word in said for word in asked) / max(len(asked), 1)
     formatting = ("\n\n" in response) + (re.search(r"[.!?]\s+[A-Z]", response) is not None)
-    formatting += response[:1].isascii() and response[:1].isupper()
+    first = response.removeprefix(" ")[:1]  # a continuation begins with a blank
+    formatting += first.isascii() and first.isupper()
     return 0.2 * length + 0.5 * relevance + 0.3 * formatting / 3, length, relevance, formatting / 3
 
 

@@ -453,6 +453,7 @@ def test_composite_by_hand():
         found = one(reward, "x " * count, "nothing of it")
         assert found == pytest.approx(0.2 * length, abs=1e-12)
     assert one(reward, "", "") == 0
+    assert one(reward, " Yes", "q") == pytest.approx(0.2 / 50 + 0.1)  # as it follows a prompt
     assert one(reward, "a. B\n\nc", "q") == pytest.approx(0.2 * 3 / 50 + 0.3 * 2 / 3)
     assert one(reward, "a.B\nC", "q") == pytest.approx(0.2 * 2 / 50)
 

@@ -448,10 +448,9 @@ def test_unknown_models(hub, capfd):
 
 
 def test_a_gated_model(hub, capfd):
-    hub.error = (401, "GatedRepo")
-    refused(gpt2_hub.REPOSITORY, capfd)
-    hub.error = (403, "GatedRepo")
-    refused(gpt2_hub.REPOSITORY, capfd)
+    for status in (401, 403):
+        hub.error = (status, "GatedRepo")
+        refused(gpt2_hub.REPOSITORY, capfd, "needs a login")
 
 
 def test_the_hub_does_not_answer(hub, capfd):

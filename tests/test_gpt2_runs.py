@@ -534,7 +534,7 @@ BAD = {
     "num_minibatches": [0, 3],
     "micro_batch_size": [0],
     "checkpoint_every": [0, -1],
-    "eval_samples": [0],
+    "eval_samples": [0, 1],
     "response_length": [0],
     "kl_horizon": [0],
     "learning_rate": [0.0, -1.0, INF, NAN],
