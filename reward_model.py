@@ -88,18 +88,16 @@ def check_args(args):
     size = args.group_size
     check(args, "group_size", lambda v: v >= 2, "must be 2 or more, to compare")
     check(args, "num_responses", lambda v: v >= size, f"is less than one --group-size {size}")
+    path = args.preferences
+    usable = path is not None and os.access(path.parent, os.W_OK) and not path.is_dir()
+    check(args, "annotate", lambda v: usable, "needs a --preferences FILE that can be written")
     ignored = [] if args.preferences is None else ["num_responses", "group_size", "learn_from"]
     if args.annotate is not None:
         ignored += "learning_rate max_grad_norm annotator_temperature epochs".split()
         ignored += "minibatch_size weight_decay ensemble_size save_path".split()
-    check(args, "annotate", lambda v: args.preferences is not None, "needs --preferences FILE")
     for flag in ignored:
         default, why = getattr(Args, flag), "is not read with the other flags; leave it out"
         check(args, flag, lambda v, default=default: v == default, why)
-    path = args.preferences
-    usable = path is None or (os.access(path.parent, os.W_OK) and not path.is_dir())
-    why = "needs a --preferences FILE that can be written"
-    check(args, "annotate", lambda v: usable, why)
     check(args, "device", lambda v: v == "cpu" or torch.cuda.is_available(), "is not here; use cpu")
     runs = "runs" if os.path.lexists("runs") else "."
     usable = os.path.isdir(runs) and os.access(runs, os.W_OK)
@@ -354,10 +352,8 @@ def sample_demonstrations(policy, prompts, group_size, annotator_temperature):
 
 # ------------------------------------------------------------------ The reward model
 def response_scores(gpt, prompts, responses):
-    """Scores (B,): the output at the last real token, EOS or where the response was cut off.
-
-    Attention looks back only, so nothing that follows EOS can change them.
-    """
+    """Scores (B,): the output at the last real token, EOS or where the response was cut off. As
+    attention looks back only, nothing that follows can change it."""
     states = gpt(torch.cat([prompts, responses], 1))  # (B, T, D)
     last = prompts.shape[1] + response_mask(responses).sum(1) - 1
     return gpt.head(states[torch.arange(len(last)), last]).squeeze(1)
@@ -563,8 +559,7 @@ def main(args: Args) -> dict[str, float]:
         parameters = [*model.parameters()]
         decay = args.weight_decay
         optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=decay, fused=True)
-        drawn = torch.arange(number)
-        drawn = torch.randint(number, (number,)) if args.ensemble_size > 1 else drawn
+        drawn = torch.randint(number, (number,)) if args.ensemble_size > 1 else torch.arange(number)
         orders = [drawn[torch.randperm(number)] for _ in range(args.epochs)]
         batches = [batch for order in orders for batch in order.split(args.minibatch_size)]
         for member_step, batch in enumerate(batches, 1):

@@ -1,5 +1,6 @@
 """reward_model.py: losses against loops, reports against enumeration, a person in a terminal."""
 
+import contextlib
 import copy
 import itertools
 import json
@@ -8,6 +9,7 @@ import os
 import pickle
 import pty
 import re
+import select
 import subprocess
 import sys
 import time
@@ -519,18 +521,21 @@ class Terminal:
     def __init__(self, folder, *words):
         command = [sys.executable, str(programs.ROOT / "reward_model.py"), "--sft-steps", "0"]
         command += ["--preferences", "mine.jsonl", "--annotate", *words]
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.chdir(folder)
-            os.environ["OMP_NUM_THREADS"] = "1"
-            os.execv(command[0], command)
+        self.fd, other = pty.openpty()
+        take = "fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+        take = f"signal.signal(signal.SIGINT, signal.SIG_DFL); {take}"  # a shell's & ignores it
+        take = [sys.executable, "-c", f"import fcntl, os, signal, sys, termios; {take}"]
+        ends = {"stdin": other, "stdout": other, "stderr": other, "start_new_session": True}
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen([*take, *command], cwd=folder, env=env, **ends)
+        os.close(other)
         self.screen = ""
 
     def wait_for(self, text, seconds=120):
         """Read until a text shows; what came since the last one."""
         end = time.time() + seconds
         while text not in self.screen:
-            assert time.time() < end, self.screen
+            assert select.select([self.fd], [], [], max(0, end - time.time()))[0], self.screen
             try:
                 self.screen += os.read(self.fd, 4096).decode()
             except OSError:  # it has ended
@@ -546,14 +551,12 @@ class Terminal:
 
     def end(self):
         self.wait_for("judgements: python reward_model.py")
-        while True:
-            try:
-                if not os.read(self.fd, 4096):
-                    break
-            except OSError:
-                break
+        code = self.process.wait(60)
+        with contextlib.suppress(OSError):  # it has ended
+            while select.select([self.fd], [], [], 0)[0]:
+                self.screen += os.read(self.fd, 4096).decode()
         os.close(self.fd)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return code
 
 
 def shown_pair(screen):
@@ -573,6 +576,7 @@ def test_annotation_in_a_terminal(tmp_path, monkeypatch, capsys):
     pairs.append(shown_pair(first.answer("b\n")))
     first.wait_for("to quit: ")
     assert len(lines()) == 2  # on disk while the third is on the screen
+    time.sleep(0.5)  # until it reads: input() sleeps on if a signal comes just before
     os.write(first.fd, b"\x03")  # Ctrl-C
     assert first.end() == 0 and "Traceback" not in first.screen
     (p1, a1, b1), (p2, a2, b2) = pairs
