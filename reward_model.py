@@ -352,8 +352,10 @@ def sample_demonstrations(policy, prompts, group_size, annotator_temperature):
 
 # ------------------------------------------------------------------ The reward model
 def response_scores(gpt, prompts, responses):
-    """Scores (B,): the output at the last real token, EOS or where the response was cut off. As
-    attention looks back only, nothing that follows can change it."""
+    """Scores (B,): the output at the last real token, EOS or where the response was cut off.
+
+    Attention looks back only, so nothing that follows EOS can change them.
+    """
     states = gpt(torch.cat([prompts, responses], 1))  # (B, T, D)
     last = prompts.shape[1] + response_mask(responses).sum(1) - 1
     return gpt.head(states[torch.arange(len(last)), last]).squeeze(1)
