@@ -1,6 +1,6 @@
 """Reward models: learn from people's judgements what to pay, for ppo.py, grpo.py or reinforce.py.
 
-    minimise over r:  -E[log σ(r(x, y_chosen) - r(x, y_rejected))]
+    minimise over r:  -E[log σ(h)],  h = r(x, y_chosen) - r(x, y_rejected)
 
 A GPT reads prompt and response; its one output at the last real token is the score r(x, y). Three
 kinds of judgements can teach it, and all make it tend to R/τ, the true reward R in units of the
@@ -17,9 +17,9 @@ judge's noise τ:
 
 The task: given three digits, write two more and EOS, so that all five sum to 20. A small GPT is
 fitted to right answers and frozen as the reference; its samples are judged. To adapt it, replace
-task and policy, and the synthetic annotator by people: --annotate, or a file of their judgements.
+task, policy, and the synthetic annotator by people: --annotate, or a file of their judgements.
 
-    python reward_model.py --save-path rm.pt && python ppo.py --reward-model rm.pt    # 0.58 -> 0.99
+    python reward_model.py --save-path rm.pt && python ppo.py --reward-model rm.pt    # 0.58 -> 0.98
     python reward_model.py --annotate 50 --preferences mine.jsonl    # judge pairs yourself, then
     python reward_model.py --preferences mine.jsonl                  # learn; --help lists all flags
 """
@@ -54,18 +54,18 @@ class Args:
     tensorboard: bool = True  # write curves and more to runs/, for tensorboard --logdir runs
     save_path: Path | None = None  # file for the final weights and arguments
     sft_steps: int = 100  # supervised steps that make the reference; 0 starts from scratch
-    learning_rate: float = 7e-4  # the highest of AdamW: rises for a fifth of the run, falls to 0
+    learning_rate: float = 2e-3  # the highest of AdamW: rises for a fifth of the run, falls to 0
     max_grad_norm: float = 1.0  # gradients longer than this are scaled down to it
 
     learn_from: Literal["preferences", "labels", "demonstrations"] = "preferences"  # see above
-    num_pairs: int = 12_288  # pairs (or labels, or demonstrations) to learn from
+    num_responses: int = 11_664  # sampled for the annotator, prompts in turn; or demonstrations
+    group_size: int = 8  # responses to one prompt; with preferences all their pairs are judged
     annotator_temperature: float = 0.5  # τ: prefers A to B with odds exp((R(A) - R(B)) / τ)
     preferences: Path | None = None  # file of judgements, JSON lines; without it, an annotator's
     annotate: int | None = None  # let a person judge until --preferences holds so many, then stop
-    epochs: int = 3  # passes over the judgements
-    minibatch_size: int = 32  # judgements a gradient step
+    epochs: int = 6  # passes over the judgements
+    minibatch_size: int = 8  # prompts a gradient step, each with all judgements about it
     weight_decay: float = 1.0  # of AdamW: without a strong one the noise of the judge is learned
-    num_samples: int = 8  # samples a demonstration that estimate log Z, with demonstrations
     ensemble_size: int = 1  # models; where they disagree, none of them is to be trusted
 
 
@@ -79,26 +79,25 @@ def check(args, flags, valid, why):
 
 
 def check_args(args):
-    counts = "num_pairs annotate epochs minibatch_size num_samples ensemble_size"
+    counts = "num_responses annotate epochs minibatch_size ensemble_size"
     check(args, counts, lambda v: v >= 1, "must be 1 or more")
     positive = "learning_rate max_grad_norm annotator_temperature"
     check(args, positive, lambda v: 0 < v < 2**63, "must be above 0, and finite")
     amounts = "seed sft_steps weight_decay"
     check(args, amounts, lambda v: 0 <= v < 2**63, "must be 0 or more, and finite")
-    ignored = [] if args.learn_from == "demonstrations" else ["num_samples"]
-    if args.preferences is not None:
-        ignored += ["num_pairs", "learn_from"]
+    size = args.group_size
+    check(args, "group_size", lambda v: v >= 2, "must be 2 or more, to compare")
+    check(args, "num_responses", lambda v: v >= size, f"is less than one --group-size {size}")
+    path = args.preferences
+    usable = path is not None and os.access(path.parent, os.W_OK) and not path.is_dir()
+    check(args, "annotate", lambda v: usable, "needs a --preferences FILE that can be written")
+    ignored = [] if args.preferences is None else ["num_responses", "group_size", "learn_from"]
     if args.annotate is not None:
         ignored += "learning_rate max_grad_norm annotator_temperature epochs".split()
         ignored += "minibatch_size weight_decay ensemble_size save_path".split()
-    check(args, "annotate", lambda v: args.preferences is not None, "needs --preferences FILE")
     for flag in ignored:
         default, why = getattr(Args, flag), "is not read with the other flags; leave it out"
         check(args, flag, lambda v, default=default: v == default, why)
-    path = args.preferences
-    usable = path is None or (os.access(path.parent, os.W_OK) and not path.is_dir())
-    why = "needs a --preferences FILE that can be written"
-    check(args, "annotate", lambda v: usable, why)
     check(args, "device", lambda v: v == "cpu" or torch.cuda.is_available(), "is not here; use cpu")
     runs = "runs" if os.path.lexists("runs") else "."
     usable = os.path.isdir(runs) and os.access(runs, os.W_OK)
@@ -218,14 +217,21 @@ def warm_start(policy, prompts, responses, steps):
 
 
 # ------------------------------------------------------------------ Preferences
-def sample_preferences(policy, prompts, number, annotator_temperature):
-    """Pairs of sampled responses, judged by a noisy annotator (Bradley & Terry 1952) with
+def sample_comparisons(policy, prompts, group_size, annotator_temperature):
+    """A group of sampled responses a prompt, all pairs of unlike ones judged by a noisy annotator,
     P(A ≻ B) = σ((R(A) - R(B)) / τ). Returns prompts (N, P), chosen and rejected (N, R), ties (N,).
     """
-    prompts = prompts[torch.randint(len(prompts), (number,))]
-    first, second = generate(policy, prompts, 1.0), generate(policy, prompts, 1.0)
-    margin = (reward(prompts, first) - reward(prompts, second)) / annotator_temperature
-    first_wins = torch.rand(number, 1, device=prompts.device) < margin.sigmoid()[:, None]  # (N, 1)
+    first, second = torch.triu_indices(group_size, group_size, 1, device=prompts.device)
+    responses = generate(policy, prompts.repeat_interleave(group_size, 0), 1.0)
+    responses = responses.view(len(prompts), group_size, RESPONSE_LENGTH)
+    prompts = prompts.repeat_interleave(len(first), 0)  # (N, P)
+    first, second = (responses[:, i].flatten(0, 1) for i in (first, second))  # (N, R)
+    # Two like responses have h = 0, whatever the policy, and so no gradient. Which pairs are left
+    # out depends on neither order nor judgement: the others' odds are still the annotator's.
+    unlike = (first != second).any(1)
+    prompts, first, second = prompts[unlike], first[unlike], second[unlike]
+    margin = (reward(prompts, first) - reward(prompts, second)) / annotator_temperature  # (N,)
+    first_wins = (torch.rand_like(margin) < margin.sigmoid())[:, None]  # (N, 1)
     chosen = torch.where(first_wins, first, second)
     rejected = torch.where(first_wins, second, first)
     return prompts, chosen, rejected, torch.zeros_like(margin, dtype=torch.bool)
@@ -282,7 +288,7 @@ def judge_pairs(policy, prompts, path, number):
     rows = [[tuple(row) for row in column.tolist()] for column in judged[:3]]
     seen = {(x, frozenset(pair)) for x, *pair in zip(*rows, strict=True)}
     count = len(judged[0]) if judged else 0
-    keys = list("abtq")
+    keys, question = list("abtq"), "a, b, t for a tie, or q to quit: "
 
     def digits(tokens):
         return "".join(str(token) for token in tokens if token != EOS)
@@ -295,17 +301,14 @@ def judge_pairs(policy, prompts, path, number):
         file.write("\n" if text and not text.endswith("\n") else "")
         try:
             while count < number:
-                x = prompts[torch.randint(len(prompts), (1,))]
-                x, a, b = (
-                    tuple(y[0].tolist()) for y in (x, *[generate(policy, x, 1.0) for _ in "ab"])
-                )
+                x = prompts[torch.randint(len(prompts), (1,))].expand(2, -1)
+                a, b = map(tuple, generate(policy, x, 1.0).tolist())
+                x = tuple(x[0].tolist())
                 pair = x, frozenset([a, b])
                 if a == b or pair in seen:  # nothing to compare, or judged before
                     continue
                 print(f"\n[{count + 1}] {digits(x)}    A: {shown(a)}    B: {shown(b)}")
-                while (
-                    key := input("a, b, t for a tie, or q to quit: ").strip().lower()
-                ) not in keys:
+                while (key := input(question).strip().lower()) not in keys:
                     print("please type one of these letters")
                 if key == "q":
                     break
@@ -322,29 +325,29 @@ def judge_pairs(policy, prompts, path, number):
 
 
 # ------------------------------------------------------------------ Labels and demonstrations
-def sample_labels(policy, prompts, number, annotator_temperature):
+def sample_labels(policy, prompts, group_size, annotator_temperature):
     """Sampled responses called good with odds exp((R - ½) / τ): prompts, responses, labels (N,)."""
-    prompts = prompts[torch.randint(len(prompts), (number,))]
-    responses = generate(policy, prompts, 1.0)
+    prompts = prompts.repeat_interleave(group_size, 0)  # (N, P)
+    responses = generate(policy, prompts, 1.0)  # (N, R)
     odds = (reward(prompts, responses) - 0.5) / annotator_temperature
-    labels = torch.rand(number, device=prompts.device) < odds.sigmoid()
-    return prompts, responses, labels
+    return prompts, responses, torch.rand_like(odds) < odds.sigmoid()
 
 
-def sample_demonstrations(policy, prompts, number, annotator_temperature, num_samples):
-    """Responses of a demonstrator ∝ π_ref · exp(R/τ), and for each, samples (N, M, R) of π_ref.
+def sample_demonstrations(policy, prompts, group_size, annotator_temperature):
+    """Responses (N, R) of a demonstrator ∝ π_ref · exp(R/τ), and as many of π_ref: (N, M, R), the
+    same M = group_size for each of the group.
 
     Exact, by rejection: as R ≤ 1, a sample is kept with probability exp((R - 1) / τ), else redrawn.
     """
-    prompts = prompts[torch.randint(len(prompts), (number,))]
-    responses = generate(policy, prompts, 1.0)
-    redraw = torch.arange(number, device=prompts.device)
+    prompts = prompts.repeat_interleave(group_size, 0)  # (N, P)
+    responses, samples = generate(policy, prompts, 1.0), generate(policy, prompts, 1.0)
+    redraw = torch.arange(len(prompts), device=prompts.device)
     while len(redraw):
         chance = ((reward(prompts[redraw], responses[redraw]) - 1) / annotator_temperature).exp()
-        redraw = redraw[torch.rand(len(redraw), device=prompts.device) >= chance]
+        redraw = redraw[torch.rand_like(chance) >= chance]
         responses[redraw] = generate(policy, prompts[redraw], 1.0)
-    samples = generate(policy, prompts.repeat_interleave(num_samples, 0), 1.0)
-    return prompts, responses, samples.view(number, num_samples, RESPONSE_LENGTH)
+    samples = samples.view(-1, group_size, RESPONSE_LENGTH).repeat_interleave(group_size, 0)
+    return prompts, responses, samples
 
 
 # ------------------------------------------------------------------ The reward model
@@ -501,12 +504,10 @@ def main(args: Args) -> dict[str, float]:
     """Learn a reward, and return its exact evaluation on the held-out prompts."""
     check_args(args)
     start, device = time.perf_counter(), args.device
-    judgements = None
-    if args.preferences is not None and args.annotate is None:
-        judgements = [column.to(device) for column in read_preferences(args.preferences)]
     torch.manual_seed(args.seed)
     train_prompts, held_out = (prompts.to(device) for prompts in make_prompts())
-    if judgements is not None:
+    if args.preferences is not None and args.annotate is None:
+        judgements = [column.to(device) for column in read_preferences(args.preferences)]
         fair = ~(judgements[0][:, None] == held_out).all(2).any(1)  # the evaluation stays clean
         check(args, "preferences", lambda v: fair.any(), "holds only held-out prompts")
         judgements = [column[fair] for column in judgements]
@@ -519,16 +520,27 @@ def main(args: Args) -> dict[str, float]:
         judge_pairs(reference, train_prompts, args.preferences, args.annotate)
         return {}
 
-    # Judgements: the first dimension of each tensor is N.
-    how = reference, train_prompts, args.num_pairs, args.annotator_temperature
-    if args.learn_from == "labels":
-        judgements = sample_labels(*how)
-    elif args.learn_from == "demonstrations":
-        judgements = sample_demonstrations(*how, args.num_samples)
-    elif judgements is None:
-        judgements = sample_preferences(*how)
-    prompts = train_prompts[torch.randint(len(train_prompts), (1024,))]
-    samples = prompts, generate(reference, prompts, 1.0)  # to normalise the scores on
+    if args.preferences is None:
+        kinds = {"labels": sample_labels, "demonstrations": sample_demonstrations}
+        sample = kinds.get(args.learn_from, sample_comparisons)
+        turns = torch.randperm(args.num_responses // args.group_size) % len(train_prompts)
+        how = args.group_size, args.annotator_temperature
+        blocks = [sample(reference, train_prompts[i], *how) for i in turns.split(32)]
+        judgements = [torch.cat(columns) for columns in zip(*blocks, strict=True)]
+        check(args, "num_responses", lambda _: len(judgements[0]), "gave no two unlike ones")
+    x = train_prompts[torch.randint(len(train_prompts), (1024,))]
+    samples = x, generate(reference, x, 1.0)  # to normalise the scores on
+
+    # Each response once, with its prompt. Judgements about one prompt stay together, so that a
+    # response in many of them is read but once a step (arXiv:2203.02155, section 3.5).
+    prompts, *columns = judgements  # (N, P)
+    verdicts = columns.pop() if args.learn_from != "demonstrations" else None  # (N,) ties or labels
+    responses = torch.cat([y.view(len(y), -1, RESPONSE_LENGTH) for y in columns], 1)  # (N, K, R)
+    texts = torch.cat([prompts[:, None].expand(-1, responses.shape[1], -1), responses], 2)
+    texts, index = texts.flatten(0, 1).unique(dim=0, return_inverse=True)  # (U, P + R), (N·K,)
+    x, y = texts.split([prompts.shape[1], RESPONSE_LENGTH], 1)
+    index, prompt = index.view(len(prompts), -1), prompts.unique(dim=0, return_inverse=True)[1]
+    groups = prompt.argsort().split(prompt.bincount().tolist())  # of each prompt, its rows of index
 
     script, size = Path(__file__).stem, sum(p.numel() for p in GPT(outputs=1).parameters())
     print(f"{script}.py: {device}, seed {args.seed}, {args.ensemble_size} × {size:,} parameters")
@@ -537,37 +549,33 @@ def main(args: Args) -> dict[str, float]:
     if writer:
         flags = "".join(f"|{flag}|{value}|\n" for flag, value in asdict(args).items())
         writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}")
-    number, begin = len(judgements[0]), time.perf_counter()
+    number, begin = len(groups), time.perf_counter()
     steps_each = args.epochs * math.ceil(number / args.minibatch_size)
     num_steps, step, models, stds, updates = steps_each * args.ensemble_size, 0, [], [], []
     for _ in range(args.ensemble_size):
-        # Begin as the reference with a new head (InstructGPT, arXiv:2203.02155): it already knows
-        # its way about the task. Members of an ensemble differ in the head, in the order of the
-        # judgements and in their bootstrap: as many, drawn with replacement.
+        # Begin as the reference, which knows its way about the task, with a new head. In it, in the
+        # order of prompts, and in which (as many, with replacement) members of an ensemble differ.
         model = GPT(outputs=1).to(device)
         trunk = {name: w for name, w in reference.state_dict().items() if name[:4] != "head"}
         model.load_state_dict(trunk, strict=False)
         parameters = [*model.parameters()]
         decay = args.weight_decay
         optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=decay, fused=True)
-        drawn = torch.arange(number)
-        if args.ensemble_size > 1:
-            drawn = torch.randint(number, (number,))
-        batches = [torch.randperm(number).split(args.minibatch_size) for _ in range(args.epochs)]
-        for member_step, batch in enumerate(sum(batches, ()), 1):
+        drawn = torch.randint(number, (number,)) if args.ensemble_size > 1 else torch.arange(number)
+        orders = [drawn[torch.randperm(number)] for _ in range(args.epochs)]
+        batches = [batch for order in orders for batch in order.split(args.minibatch_size)]
+        for member_step, batch in enumerate(batches, 1):
             progress = (member_step - 0.5) / steps_each
             learning_rate = args.learning_rate * min(5 * progress, 1.25 * (1 - progress))
             optimizer.param_groups[0]["lr"] = learning_rate
-            x, y, third, *ties = (column[drawn[batch]] for column in judgements)
-            if args.learn_from == "preferences":  # (B, R) chosen, (B, R) rejected, (B,) ties
-                scores = response_scores(model, torch.cat([x, x]), torch.cat([y, third]))
-                loss, metrics = preference_loss(*scores.chunk(2), *ties)
-            elif args.learn_from == "labels":  # (B,) good or not
-                loss, metrics = label_loss(response_scores(model, x, y), third)
-            else:  # (B, M, R) samples of the reference
-                rows = torch.cat([y[:, None], third], 1).flatten(0, 1)
-                x = x.repeat_interleave(1 + args.num_samples, 0)
-                scores = response_scores(model, x, rows).view(len(y), -1)
+            rows = torch.cat([groups[i] for i in batch.tolist()])  # (B,)
+            read, inverse = index[rows].unique(return_inverse=True)  # (u,), (B, K)
+            scores = response_scores(model, x[read], y[read])[inverse]  # (B, K)
+            if args.learn_from == "preferences":
+                loss, metrics = preference_loss(*scores.T, verdicts[rows])
+            elif args.learn_from == "labels":
+                loss, metrics = label_loss(scores[:, 0], verdicts[rows])
+            else:
                 loss, metrics = demonstration_loss(scores[:, 0], scores[:, 1:])
             optimizer.zero_grad()
             loss.backward()
@@ -579,21 +587,17 @@ def main(args: Args) -> dict[str, float]:
 
             # Log the means since the last line.
             updates.append(metrics | {"loss": loss.detach(), "grad_norm": grad_norm})
-            if step % max(1, num_steps // 100) == 0 or step == num_steps:
-                means = {
-                    name: torch.stack([m[name] for m in updates]).mean() for name in updates[0]
-                }
-                losses = {name: means.pop(name) for name in ("loss", "grad_norm")}
-                write(writer, "losses", losses, step)
-                write(writer, "rewards", means, step)
-                write(writer, "charts", {"learning_rate": learning_rate}, step)
-                updates = []
-            if step % max(1, num_steps // 20) == 0 or step == num_steps:
-                seconds = time.perf_counter() - begin
-                line = f"{step / num_steps:4.0%}  loss {losses['loss']:.3f}"
-                line += f"  accuracy {means['accuracies']:.3f}  margin {means['margins']:6.3f}"
-                left = seconds * (num_steps / step - 1)
-                print(f"{line}  {step / seconds:5.0f} steps/s  {left:3.0f} s left")
+            if step % max(1, num_steps // 20) and step < num_steps:
+                continue
+            means = {name: torch.stack([m[name] for m in updates]).mean() for name in updates[0]}
+            losses = {name: means.pop(name) for name in ("loss", "grad_norm")}
+            updates, speed = [], step / (time.perf_counter() - begin)
+            write(writer, "losses", losses, step)
+            write(writer, "rewards", means, step)
+            write(writer, "charts", {"learning_rate": learning_rate}, step)
+            line = f"{step / num_steps:4.0%}  loss {losses['loss']:.3f}"
+            line += f"  accuracy {means['accuracies']:.3f}  margin {means['margins']:6.3f}"
+            print(f"{line}  {speed:5.0f} steps/s  {(num_steps - step) / speed:3.0f} s left")
         stds.append(normalise(model, *samples))
         models.append(model)
 
@@ -606,8 +610,7 @@ def main(args: Args) -> dict[str, float]:
     tables = torch.stack([score_table(model, held_out, responses) for model in models])
     rows = held_out.repeat_interleave(len(responses), 0), responses.repeat(len(held_out), 1)
     rewards = reward(*rows).double().view_as(probs)
-    temperature, stds = args.annotator_temperature, torch.stack(stds)
-    after = evaluate_scores(tables, stds, rewards, probs, temperature)
+    after = evaluate_scores(tables, torch.stack(stds), rewards, probs, args.annotator_temperature)
     if writer:
         write(writer, "eval", after, step)
         writer.close()
@@ -617,14 +620,14 @@ def main(args: Args) -> dict[str, float]:
         weights = [model.state_dict() for model in models]
         torch.save({"script": f"{script}.py", "args": flags, "models": weights}, part)
         os.replace(part, args.save_path)
-    seconds = time.perf_counter() - start
-    pairs = f"held-out pair accuracy {after['accuracy']:.3f} of {after['attainable']:.3f}"
-    line = f"{pairs}  correlation {after['correlation']:.3f}"
+    line = f"held-out pair accuracy {after['accuracy']:.3f} of {after['attainable']:.3f}"
+    line += f"  correlation {after['correlation']:.3f}"
     line += f"  calibration error {after['calibration_error']:.3f}"
     best = f"best of 16 {after['best_of_16']:.3f} of {after['best_of_16_attainable']:.3f}"
     line += f"  disagreement {after['disagreement']:.3f}" if args.ensemble_size > 1 else ""
-    print(f"{line}  {best}  {seconds:.1f} s")
-    return {**after, "seconds": seconds}
+    after["seconds"] = time.perf_counter() - start
+    print(f"{line}  {best}  {after['seconds']:.1f} s")
+    return after
 
 
 if __name__ == "__main__":

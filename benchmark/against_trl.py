@@ -252,6 +252,9 @@ def run_ours(job, start, holder, folder):
         write_pairs(job.pairs, Path(folder) / "pairs.jsonl")
         flags |= {"preferences": Path(folder) / "pairs.jsonl"}
         flags |= {"minibatch_size": job.batch, "epochs": job.epochs}
+        if job.method == "reward":  # it counts prompts, with all pairs about them
+            each = len(job.pairs[0]) / len({tuple(x) for x in job.pairs[0]})
+            flags["minibatch_size"] = max(1, round(job.batch / each))
     with mock.patch.object(module, "warm_start", begin):
         return module.main(module.Args(**flags))
 
@@ -416,10 +419,10 @@ def make_job(method, seed, start, steps=None, learning_rate=None, minibatches=4)
         job.batch = BATCH // minibatches if method == "grpo" else BATCH
         return job
     job.batch, job.epochs = args.minibatch_size, args.epochs
-    if method == "dpo":
-        groups, size = args.num_responses // args.group_size, args.group_size
-    else:
-        groups, size, job.weight_decay = args.num_pairs, 2, args.weight_decay
+    groups, size = args.num_responses // args.group_size, args.group_size
+    if method == "reward":
+        job.weight_decay = args.weight_decay
+        job.batch *= math.ceil(groups / 729) * size * (size - 1) // 2  # pairs about so many prompts
     if steps is not None:
         job.batch, job.epochs = max(job.batch, 256), 1
         groups = steps * job.batch // (size * (size - 1) // 2)

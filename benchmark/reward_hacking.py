@@ -75,19 +75,20 @@ def draw(results, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--num-pairs", type=int, default=1_024)
+    parser.add_argument("--num-responses", type=int, default=2_048)
+    parser.add_argument("--group-size", type=int, default=2)
     parser.add_argument("--annotator-temperature", type=float, default=1.0)
     parser.add_argument("--ensemble-size", type=int, default=3)
-    parser.add_argument("--episodes", type=int, default=6_144)
+    parser.add_argument("--episodes", type=int, default=5_120)
     parser.add_argument("--window", type=int, default=2)
-    parser.add_argument("--kl-coefs", type=float, nargs="+", default=[0.0, 0.2, 1.0])
+    parser.add_argument("--kl-coefs", type=float, nargs="+", default=[0.0, 0.3, 1.0])
     parser.add_argument("--uncertainty-coefs", type=float, nargs="+", default=[0.0, 1.0])
     args = parser.parse_args()
     few_held_out(ppo)
     few_held_out(reward_model)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rm.pt"
-        names = "seed num_pairs annotator_temperature ensemble_size".split()
+        names = "seed num_responses group_size annotator_temperature ensemble_size".split()
         flags = {name: getattr(args, name) for name in names}
         learned = reward_model.main(reward_model.Args(tensorboard=False, save_path=path, **flags))
         learned.pop("seconds")

@@ -1,5 +1,6 @@
 """reward_model.py: losses against loops, reports against enumeration, a person in a terminal."""
 
+import contextlib
 import copy
 import itertools
 import json
@@ -8,6 +9,7 @@ import os
 import pickle
 import pty
 import re
+import select
 import subprocess
 import sys
 import time
@@ -253,18 +255,22 @@ PROMPTS = torch.tensor([PROMPT])
 
 
 def test_annotator_prefers_with_the_odds_of_bradley_and_terry(world):
-    x, chosen, rejected, ties = reward_model.sample_preferences(None, PROMPTS, 400_000, 0.25)
-    assert x.shape == chosen.shape == rejected.shape == (400_000, 3) and not ties.any()
+    prompts = PROMPTS.repeat(20_000, 1)
+    x, chosen, rejected, ties = reward_model.sample_comparisons(None, prompts, 8, 0.25)
+    assert x.shape == chosen.shape == rejected.shape == (len(ties), 3) and not ties.any()
+    unlike = 1 - (world.probs**2).sum().item()  # of 28 pairs a group
+    assert len(ties) / (28 * 20_000) == pytest.approx(unlike, abs=0.01)
     first, second = index_of(world, chosen), index_of(world, rejected)
     seen = torch.zeros(11, 11).index_put((first, second), torch.tensor(1.0), accumulate=True)
     for i, j in itertools.combinations(range(11), 2):
         both = seen[i, j] + seen[j, i]
+        assert both > 0 and seen[i, i] == seen[j, j] == 0
         expected = sigmoid((world.rewards[i] - world.rewards[j]) / 0.25)
         assert abs(seen[i, j] / both - expected) < 5 * 0.5 / both.sqrt()
 
 
 def test_labels_are_good_with_the_stated_odds(world):
-    x, responses, labels = reward_model.sample_labels(None, PROMPTS, 200_000, 0.25)
+    x, responses, labels = reward_model.sample_labels(None, PROMPTS.repeat(50_000, 1), 4, 0.25)
     assert x.shape == responses.shape == (200_000, 3) and labels.dtype == torch.bool
     rows = index_of(world, responses)
     for i in range(11):
@@ -274,13 +280,18 @@ def test_labels_are_good_with_the_stated_odds(world):
 
 
 def test_demonstrator_is_the_tilted_reference_and_samples_are_the_reference(world):
-    how = None, PROMPTS, 100_000, 0.25, 3
+    prompts = torch.cat([PROMPTS, torch.tensor([[2, 1, 2]])])
+    how = None, prompts, 3, 0.25
     x, responses, samples = reward_model.sample_demonstrations(*how)
-    assert x.shape == responses.shape == (100_000, 3) and samples.shape == (100_000, 3, 3)
+    assert x.tolist() == [[4, 3, 3]] * 3 + [[2, 1, 2]] * 3
+    assert (samples[:3] == samples[0]).all() and (samples[3:] == samples[3]).all()
+    how = None, PROMPTS.repeat(33_334, 1), 3, 0.25
+    x, responses, samples = reward_model.sample_demonstrations(*how)
+    assert x.shape == responses.shape == (100_002, 3) and samples.shape == (100_002, 3, 3)
     tilted = world.probs * (world.rewards / 0.25).exp()
     for found, exact in (
         (responses, tilted / tilted.sum()),
-        (samples.flatten(0, 1), world.probs),
+        (samples[::3].flatten(0, 1), world.probs),  # each group's are the same
     ):
         shares = torch.bincount(index_of(world, found), minlength=11) / len(found)
         assert (shares - exact).abs().max() < 5 * 0.5 / math.sqrt(100_000)
@@ -510,18 +521,21 @@ class Terminal:
     def __init__(self, folder, *words):
         command = [sys.executable, str(programs.ROOT / "reward_model.py"), "--sft-steps", "0"]
         command += ["--preferences", "mine.jsonl", "--annotate", *words]
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.chdir(folder)
-            os.environ["OMP_NUM_THREADS"] = "1"
-            os.execv(command[0], command)
+        self.fd, other = pty.openpty()
+        take = "fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+        take = f"signal.signal(signal.SIGINT, signal.SIG_DFL); {take}"  # a shell's & ignores it
+        take = [sys.executable, "-c", f"import fcntl, os, signal, sys, termios; {take}"]
+        ends = {"stdin": other, "stdout": other, "stderr": other, "start_new_session": True}
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen([*take, *command], cwd=folder, env=env, **ends)
+        os.close(other)
         self.screen = ""
 
     def wait_for(self, text, seconds=120):
         """Read until a text shows; what came since the last one."""
         end = time.time() + seconds
         while text not in self.screen:
-            assert time.time() < end, self.screen
+            assert select.select([self.fd], [], [], max(0, end - time.time()))[0], self.screen
             try:
                 self.screen += os.read(self.fd, 4096).decode()
             except OSError:  # it has ended
@@ -537,14 +551,12 @@ class Terminal:
 
     def end(self):
         self.wait_for("judgements: python reward_model.py")
-        while True:
-            try:
-                if not os.read(self.fd, 4096):
-                    break
-            except OSError:
-                break
+        code = self.process.wait(60)
+        with contextlib.suppress(OSError):  # it has ended
+            while select.select([self.fd], [], [], 0)[0]:
+                self.screen += os.read(self.fd, 4096).decode()
         os.close(self.fd)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return code
 
 
 def shown_pair(screen):
@@ -564,6 +576,7 @@ def test_annotation_in_a_terminal(tmp_path, monkeypatch, capsys):
     pairs.append(shown_pair(first.answer("b\n")))
     first.wait_for("to quit: ")
     assert len(lines()) == 2  # on disk while the third is on the screen
+    time.sleep(0.5)  # until it reads: input() sleeps on if a signal comes just before
     os.write(first.fd, b"\x03")  # Ctrl-C
     assert first.end() == 0 and "Traceback" not in first.screen
     (p1, a1, b1), (p2, a2, b2) = pairs
@@ -583,21 +596,21 @@ def test_annotation_in_a_terminal(tmp_path, monkeypatch, capsys):
     p3, a3, b3 = pairs[2]
     assert lines()[2] == {"prompt": p3, "chosen": a3, "rejected": b3, "tie": True}
 
-    third = Terminal(tmp_path, "6", "--seed", "2")
-    pairs.append(shown_pair(third.answer("B\n")))
-    third.answer("q\n")
-    assert third.end() == 0 and len(lines()) == 5
-    fourth = Terminal(tmp_path, "6")
-    pairs.append(shown_pair(fourth.answer("a\n")))
-    assert fourth.end() == 0 and len(lines()) == 6  # as many as asked for: it ends by itself
-    assert len({(p, frozenset([a, b])) for p, a, b in pairs}) == 6  # none was asked twice
+    def annotate(keys, seed):  # the same without a terminal, which is quicker
+        keys = iter(keys)
+        monkeypatch.setattr("builtins.input", lambda _: next(keys))
+        run(**PLAIN | {"annotate": 6, "preferences": file, "sft_steps": 0, "seed": seed})
+        return capsys.readouterr().out
+
+    pairs.append(shown_pair(annotate("Bq", 2).split("[6]")[0]))
+    assert len(lines()) == 5
+    pairs.append(shown_pair(annotate("a", 1)))
+    assert len(lines()) == 6  # as many as asked for: it ended by itself
     train = {"".join(map(str, p)) for p in reward_model.make_prompts()[0].tolist()}
     assert all(x["prompt"] in train for x in lines())
     assert {p.name for p in tmp_path.iterdir()} == {"mine.jsonl"}
 
-    result = run(
-        preferences=file, epochs=2, minibatch_size=2, num_pairs=reward_model.Args.num_pairs
-    )
+    result = run(preferences=file, epochs=2, minibatch_size=2, num_responses=FILE["num_responses"])
     assert math.isfinite(result["accuracy"])
     assert "6 of 6 judgements" in capsys.readouterr().out
 
@@ -609,9 +622,9 @@ def test_a_line_without_an_end_is_ended_before_the_next(tmp_path, monkeypatch):
     run(
         annotate=3,
         preferences=path,
-        num_pairs=reward_model.Args.num_pairs,
-        epochs=3,
-        minibatch_size=32,
+        num_responses=reward_model.Args.num_responses,
+        epochs=reward_model.Args.epochs,
+        minibatch_size=reward_model.Args.minibatch_size,
     )
     lines = path.read_text().splitlines()
     assert len(lines) == 3 and all(map(reward_model.parse_judgement, lines)) and lines[0] == GOOD
@@ -645,20 +658,68 @@ def short_runs(monkeypatch, tmp_path):
 
 
 def run(**flags):
-    """Learn from 64 judgements unless told otherwise; the result without the time taken."""
-    defaults = {"num_pairs": 64, "epochs": 1, "minibatch_size": 16, "sft_steps": 20}
+    """Learn from 8 groups of 8 unless told otherwise; the result without the time taken."""
+    defaults = {"num_responses": 64, "epochs": 1, "minibatch_size": 2, "sft_steps": 20}
     result = reward_model.main(reward_model.Args(**(defaults | {"tensorboard": False} | flags)))
     return {name: value for name, value in result.items() if name != "seconds"}
+
+
+@pytest.mark.parametrize("kind", ["preferences", "labels", "demonstrations"])
+def test_a_step_reads_each_response_once_for_all_judgements_about_its_prompts(kind, monkeypatch):
+    """Scores are made to say of which prompt and response they are."""
+    train, held_out = reward_model.make_prompts()
+    monkeypatch.setattr(reward_model, "make_prompts", lambda: (train[:3], held_out))
+    judged, learned, asked, steps, place = [], [], [], [], torch.tensor([1, 11, 121])
+
+    def coded(x, y):
+        prompt, response = (x * place).sum(1), (y * place).sum(-1)
+        return prompt.view(-1, *[1] * (response.dim() - 1)) + 1331 * response
+
+    def rows(columns):
+        return map(tuple, torch.cat([c.long().view(len(c), -1) for c in columns], 1).tolist())
+
+    def noted_sample(policy, x, *how):
+        asked.extend(map(tuple, x.tolist()))
+        x, *columns = sample(policy, x, *how)
+        if kind == "preferences":
+            columns[2][::3] = True  # some ties
+        judged.extend(rows([c if c.dtype == torch.bool else coded(x, c) for c in columns]))
+        return x, *columns
+
+    def scores(model, x, y):
+        steps.append(coded(x, y).tolist())
+        return coded(x, y) + 0 * model.head.bias
+
+    def noted_loss(*columns):
+        steps.append([*rows(columns)])
+        learned.extend(steps[-1])
+        return loss(*columns)
+
+    sampler = "sample_" + kind.replace("preferences", "comparisons")
+    sample, loss = getattr(reward_model, sampler), getattr(reward_model, f"{kind[:-1]}_loss")
+    monkeypatch.setattr(reward_model, sampler, noted_sample)
+    monkeypatch.setattr(reward_model, "response_scores", scores)
+    monkeypatch.setattr(reward_model, f"{kind[:-1]}_loss", noted_loss)
+    run(learn_from=kind, num_responses=48, minibatch_size=1)
+    assert sorted(asked) == sorted(map(tuple, train[:3].tolist() * 2))  # in turn, twice each
+    assert sorted(learned) == sorted(judged) and len(judged) >= 48
+    prompts = set()
+    for read, batch in zip(steps[0:6:2], steps[1:6:2], strict=True):
+        scored = [code for row in batch for code in (row if kind == "demonstrations" else row[:-1])]
+        assert sorted(read) == sorted(set(scored))
+        prompts.add(*{code % 1331 for code in read})  # of one prompt
+    assert len(prompts) == 3
 
 
 DEMONSTRATIONS = {"learn_from": "demonstrations"}
 CHOICES = [
     {"learn_from": "labels"},
     DEMONSTRATIONS,
-    DEMONSTRATIONS | {"num_samples": 4},
-    {"num_pairs": 32},
+    DEMONSTRATIONS | {"group_size": 4},
+    {"num_responses": 32},
+    {"group_size": 4},
     {"epochs": 2},
-    {"minibatch_size": 32},
+    {"minibatch_size": 4},
     {"ensemble_size": 2},
     {"annotator_temperature": 0.01},
     {"weight_decay": 100.0},
@@ -674,7 +735,7 @@ def test_every_flag_and_choice_changes_the_outcome_and_the_same_seed_does_not():
     assert all(math.isfinite(value) for result in results for value in result.values())
     assert len({result["correlation"] for result in results}) == len(results)
     assert run() == results[0] and run(**DEMONSTRATIONS) == results[2]
-    assert results[0]["disagreement"] == 0 < results[7]["disagreement"]
+    assert results[0]["disagreement"] == 0 < results[8]["disagreement"]
 
 
 def test_held_out_prompts_of_a_file_are_not_learned_from(capsys, monkeypatch):
@@ -686,19 +747,21 @@ def test_held_out_prompts_of_a_file_are_not_learned_from(capsys, monkeypatch):
         reward_model, "preference_loss", lambda a, *rest: seen.append(len(a)) or losses(a, *rest)
     )
     Path("f.jsonl").write_text("\n".join(lines))
-    number = reward_model.Args.num_pairs
-    run(preferences=Path("f.jsonl"), num_pairs=number)
+    number = reward_model.Args.num_responses
+    run(preferences=Path("f.jsonl"), num_responses=number, minibatch_size=6)
     assert seen == [6] and "6 of 9 judgements" in capsys.readouterr().out
     Path("f.jsonl").write_text("\n".join(lines[6:]))
     with pytest.raises(SystemExit) as stop:
-        run(preferences=Path("f.jsonl"), num_pairs=number)
+        run(preferences=Path("f.jsonl"), num_responses=number)
     assert stop.value.code == 2 and "held-out" in capsys.readouterr().err
 
 
-FILE = {"preferences": Path("missing.jsonl"), "num_pairs": reward_model.Args.num_pairs}
-PLAIN = {"epochs": 3, "minibatch_size": 32} | FILE
+FILE = {"preferences": Path("missing.jsonl"), "num_responses": reward_model.Args.num_responses}
+PLAIN = {name: getattr(reward_model.Args, name) for name in ("epochs", "minibatch_size")} | FILE
 BAD = [
-    ({"num_pairs": 0}, "num-pairs"),
+    ({"num_responses": 0}, "num-responses"),
+    ({"num_responses": 7}, "num-responses"),
+    ({"group_size": 1}, "group-size"),
     ({"epochs": 0}, "epochs"),
     ({"minibatch_size": 0}, "minibatch-size"),
     ({"ensemble_size": 0}, "ensemble-size"),
@@ -710,15 +773,14 @@ BAD = [
     ({"weight_decay": -1.0}, "weight-decay"),
     ({"seed": -1}, "seed"),
     ({"sft_steps": -1}, "sft-steps"),
-    ({"num_samples": 4}, "num-samples"),
-    (DEMONSTRATIONS | {"num_samples": 0}, "num-samples"),
     ({"annotate": 3}, "annotate"),
     (PLAIN | {"annotate": 0}, "annotate"),
     (PLAIN | {"annotate": 3, "preferences": Path("missing/f.jsonl")}, "annotate"),
     (PLAIN | {"annotate": 3, "save_path": Path("rm.pt")}, "save-path"),
     (PLAIN | {"annotate": 3, "ensemble_size": 2}, "ensemble-size"),
     (FILE, "preferences"),
-    (FILE | {"num_pairs": 5}, "num-pairs"),
+    (FILE | {"num_responses": 64}, "num-responses"),
+    (FILE | {"group_size": 4}, "group-size"),
     (FILE | {"learn_from": "labels"}, "learn-from"),
     ({"device": "cuda"}, "device"),
 ]
@@ -760,15 +822,15 @@ def test_rewards_are_logged_and_the_rate_rises_and_falls(monkeypatch):
         write(writer, group, metrics, step)
 
     monkeypatch.setattr(reward_model, "write", noted)
-    run(num_pairs=640, learning_rate=1e-4, ensemble_size=2)
+    run(epochs=5, learning_rate=1e-4, ensemble_size=2)
     for name in "chosen rejected margins accuracies".split():
-        assert len(curves[f"rewards/{name}"]) > 20
+        assert len(curves[f"rewards/{name}"]) == 20  # two steps each
     gaps = zip(curves["rewards/chosen"], curves["rewards/rejected"], strict=True)
     assert [a - b for a, b in gaps] == pytest.approx(curves["rewards/margins"], abs=1e-5)
     rates = curves["charts/learning_rate"]
-    for own in (rates[:40], rates[40:]):  # 20 steps of warm-up over 5 %, for each member anew
-        assert own[0] == pytest.approx(0.5e-4) and own[1] == pytest.approx(1e-4 * 39 / 40)
-        assert own[-1] == pytest.approx(1e-4 / 40)
+    for own in (rates[:10], rates[10:]):  # the second step of each two; for each member anew
+        middle = [k - 0.5 for k in range(2, 21, 2)]
+        assert own == pytest.approx([1e-4 * min(k / 4, (20 - k) / 16) for k in middle])
     assert {"losses/loss", "losses/grad_norm"} <= set(curves)
 
 
@@ -776,9 +838,10 @@ def test_learning_finds_an_easy_reward(monkeypatch):
     """Is the first digit above 4? All three kinds of judgements teach it in a few steps."""
     easy = lambda p, r: ((r[:, 0] > 4) & (r[:, 0] != EOS)).float()  # noqa: E731
     monkeypatch.setattr(reward_model, "reward", easy)
-    flags = {"minibatch_size": 32, "annotator_temperature": 0.25}
-    for kind, number in (("preferences", 1024), ("labels", 3072), ("demonstrations", 1024)):
-        result = run(learn_from=kind, num_pairs=number, **flags)
+    flags = {"minibatch_size": 4, "annotator_temperature": 0.25, "num_responses": 2048}
+    for kind in ("preferences", "labels", "demonstrations"):
+        result = run(learn_from=kind, **flags)
+        print(kind, result)
         assert result["accuracy"] > result["attainable"] - 0.02, kind
         assert result["correlation"] > 0.6, kind  # r may be off by a constant a prompt
         assert result["calibration_error"] < 0.1, kind
@@ -916,7 +979,7 @@ class NoWriter:
 
 def test_pipeline_in_a_shell(tmp_path):
     """The real commands: learn, save, load and train on it."""
-    words = "--num-pairs 64 --sft-steps 5 --epochs 1 --ensemble-size 2 --save-path rm.pt"
+    words = "--num-responses 64 --sft-steps 5 --epochs 1 --ensemble-size 2 --save-path rm.pt"
     command = [sys.executable, str(programs.ROOT / "reward_model.py"), *words.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     lines = done.stdout.splitlines()
@@ -924,7 +987,7 @@ def test_pipeline_in_a_shell(tmp_path):
     assert lines[-1].startswith("held-out pair accuracy") and "best of 16" in lines[-1]
     assert {p.name for p in tmp_path.iterdir()} == {"runs", "rm.pt"}
     saved = torch.load(tmp_path / "rm.pt", weights_only=True)
-    assert saved["script"] == "reward_model.py" and saved["args"]["num_pairs"] == "64"
+    assert saved["script"] == "reward_model.py" and saved["args"]["num_responses"] == "64"
     first, second = saved["models"]
     assert not torch.equal(first["head.weight"], second["head.weight"])
     flags = {"sft_steps": 5, "batch_size": 64, "total_episodes": 64, "rm_uncertainty_coef": 0.5}
