@@ -47,32 +47,31 @@ def column(result, name):
     return [run[name] for run in result["runs"]]
 
 
-def where(result):
-    """The small print under a table."""
-    m, seeds = result["machine"], len(result["runs"])
-    threads = "1 thread" if m["threads"] == 1 else f"{m['threads']} threads"
+def where(results, scripts):
+    """The small print under a table of these scripts."""
+    m, seeds = results[scripts[0]]["machine"], len(results[scripts[0]]["runs"])
+    commits = ", ".join(sorted({results[script]["machine"]["commit"] for script in scripts}))
+    dates = " and ".join(sorted({results[script]["machine"]["date"] for script in scripts}))
     return (
-        f"`{result['command']}`: seeds 1 to {seeds}, mean ± standard deviation. {m['cpu']},"
-        f" {m['cores']} cores, {threads}, Python {m['python']}, torch {m['torch']}, commit"
-        f" {m['commit']}, {m['date']}."
+        f"`python benchmark/run.py --scripts {' '.join(scripts)} --threads {m['threads']}`: seeds 1"
+        f" to {seeds}, mean ± standard deviation. {m['cpu']}, {m['cores']} cores, Python"
+        f" {m['python']}, torch {m['torch']}, {dates}, commit {commits}."
     )
 
 
 def scripts_table(results):
     lines = [
-        "| script | objective | learns from | models in memory | success | optimality | seconds |",
-        "|-|-|-|-|-|-|-|",
+        "| script | objective | learns from | models in memory | held-out success | optimality |",
+        "|-|-|-|-|-|-|",
     ]
     present = [script for script in ABOUT if script in results]
     for script in present:
         result = results[script]
         before = mean(column(result, "success_before"))
         success, optimality = (spread(column(result, k)) for k in ("success", "optimality"))
-        seconds = mean(column(result, "seconds"))
         line = " | ".join([f"`{script}.py`", *ABOUT[script], f"{before:.2f} → {success}"])
-        lines.append(f"| {line} | {optimality} | {seconds:.0f} |")
-    notes = dict.fromkeys(where(results[script]) for script in present)
-    return "\n".join([*lines, "", *notes])
+        lines.append(f"| {line} | {optimality} |")
+    return "\n".join([*lines, "", where(results, present)])
 
 
 def digits_table(results):
@@ -98,7 +97,7 @@ def digits_table(results):
         lines.append(
             f"| {row} | {spreads} | {low_high} | {distinct:.1f} | {seconds:.0f} | {post} |"
         )
-    return "\n".join([*lines, "", where(result)])
+    return "\n".join([*lines, "", where(results, ["digits_sum20"])])
 
 
 def ppo_output(results):
@@ -174,8 +173,9 @@ def main():
 
         FIGURES.mkdir(exist_ok=True)
         results = json.loads((RESULTS / "runs.json").read_text())
-        for draw in (learning_curves, digits_ladder):
-            draw(results, plt)
+        learning_curves(results, plt)
+        if "digits_sum20" in results:
+            digits_ladder(results, plt)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ def curve(path, seed, episodes, kl_coef, uncertainty_coef, window):
 
     ppo.write = keep
     flags = {"reward_model": path, "rm_uncertainty_coef": uncertainty_coef, "kl_coef": kl_coef}
+    flags["learning_rate"] = 5e-4  # gentle, so that the path leads away step by step
     ppo.main(ppo.Args(seed=seed, total_episodes=episodes, tensorboard=False, **flags))
     rows = torch.tensor(rows)
     rows = rows[: len(rows) // window * window].view(-1, window, 3).mean(1)
@@ -79,9 +80,9 @@ def main():
     parser.add_argument("--group-size", type=int, default=2)
     parser.add_argument("--annotator-temperature", type=float, default=1.0)
     parser.add_argument("--ensemble-size", type=int, default=3)
-    parser.add_argument("--episodes", type=int, default=5_120)
-    parser.add_argument("--window", type=int, default=2)
-    parser.add_argument("--kl-coefs", type=float, nargs="+", default=[0.0, 0.3, 1.0])
+    parser.add_argument("--episodes", type=int, default=15_360)
+    parser.add_argument("--window", type=int, default=5)
+    parser.add_argument("--kl-coefs", type=float, nargs="+", default=[0.0, 0.1, 0.3, 1.0])
     parser.add_argument("--uncertainty-coefs", type=float, nargs="+", default=[0.0, 1.0])
     args = parser.parse_args()
     few_held_out(ppo)
