@@ -1,6 +1,8 @@
-"""What is checked of several scripts alike: the real command, and the frozen reference."""
+"""What several scripts are tested with: short runs, spies, the real command, a frozen reference."""
 
 import copy
+import functools
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,48 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
+WARM = {}  # policies and states of the generator after a warm start, by script, seed and steps
+
+
+def shorten_runs(monkeypatch, folder, *scripts):
+    """Run in an empty folder, evaluate on 5 prompts, and warm a script up once a seed and steps:
+    remembered, it leaves the same weights and the same random numbers."""
+
+    def once(script, warm_start, policy, prompts, responses, steps):
+        key = script.__name__, torch.initial_seed(), steps
+        if key not in WARM:
+            warm_start(policy, prompts, responses, steps)
+            weights = {name: x.clone() for name, x in policy.state_dict().items()}
+            WARM[key] = weights, torch.get_rng_state()
+        policy.load_state_dict(WARM[key][0])
+        torch.set_rng_state(WARM[key][1])
+
+    for script in scripts:
+        train, held_out = script.make_prompts()
+        few = functools.partial(lambda *split: split, train, held_out[:5])
+        monkeypatch.setattr(script, "make_prompts", few)
+        warm = functools.partial(once, script, script.warm_start)
+        monkeypatch.setattr(script, "warm_start", warm)
+    monkeypatch.chdir(folder)
+
+
+def record(monkeypatch, script, *names):
+    """Let functions of a script note their arguments: name to one dictionary a call."""
+    calls = {name: [] for name in names}
+
+    def spy(name, function):
+        arguments = list(inspect.signature(function).parameters)
+
+        @functools.wraps(function)
+        def noted(*args, **more):
+            calls[name].append(dict(zip(arguments, args, strict=False)) | more)
+            return function(*args, **more)
+
+        return noted
+
+    for name in names:
+        monkeypatch.setattr(script, name, spy(name, getattr(script, name)))
+    return calls
 
 
 def run_in_a_shell(script, folder):

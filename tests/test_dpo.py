@@ -1,8 +1,6 @@
 """dpo.py: losses against loops, its optimum by enumeration, files of judgements, the program."""
 
 import copy
-import functools
-import inspect
 import itertools
 import json
 import math
@@ -390,27 +388,12 @@ def test_file_that_holds_nothing_to_read(content, capsys, tmp_path):
 # ---------------------------------------------------------------- The program
 
 
-WARM = {}  # policies and states of the generator after a warm start, by seed and steps
 warm_start, make_prompts = dpo.warm_start, dpo.make_prompts
-
-
-def warm_start_once(policy, prompts, responses, steps):
-    """The script's own warm start, remembered: the same weights, the same random numbers after."""
-    key = torch.initial_seed(), steps
-    if key not in WARM:
-        warm_start(policy, prompts, responses, steps)
-        WARM[key] = copy.deepcopy(policy.state_dict()), torch.get_rng_state()
-    policy.load_state_dict(WARM[key][0])
-    torch.set_rng_state(WARM[key][1])
 
 
 @pytest.fixture(autouse=True)
 def short_runs(monkeypatch, tmp_path):
-    """Evaluate on 5 prompts, in an empty folder."""
-    train, held_out = make_prompts()
-    monkeypatch.setattr(dpo, "make_prompts", lambda: (train, held_out[:5]))
-    monkeypatch.setattr(dpo, "warm_start", warm_start_once)
-    monkeypatch.chdir(tmp_path)
+    programs.shorten_runs(monkeypatch, tmp_path, dpo)
 
 
 def run(**flags):
@@ -420,25 +403,6 @@ def run(**flags):
         defaults = {"epochs": 2}
     result = dpo.main(dpo.Args(**({"sft_steps": 20, "tensorboard": False} | defaults | flags)))
     return {name: value for name, value in result.items() if name != "seconds"}
-
-
-def record(monkeypatch, *names):
-    """Let functions of the script note their arguments: name to one dictionary a call."""
-    calls = {name: [] for name in names}
-
-    def spy(name, function):
-        arguments = list(inspect.signature(function).parameters)
-
-        @functools.wraps(function)
-        def noted(*args, **more):
-            calls[name].append(dict(zip(arguments, args, strict=False)) | more)
-            return function(*args, **more)
-
-        return noted
-
-    for name in names:
-        monkeypatch.setattr(dpo, name, spy(name, getattr(dpo, name)))
-    return calls
 
 
 def logged(calls, name):
@@ -460,13 +424,21 @@ def judged(path, seed=0, number=40):
     return lines
 
 
+def test_a_response_is_read_about_once_a_pass(monkeypatch):
+    """Judgements of a prompt stay together: only at the seams of minibatches is one read again."""
+    calls = programs.record(monkeypatch, dpo, "response_logprobs")["response_logprobs"]
+    run(epochs=1, group_size=4)
+    (distinct, *read) = [len(call["logprobs"]) for call in calls]
+    assert len(read) > 2 and distinct <= sum(read) <= distinct + 4 * (len(read) - 1)
+
+
 @pytest.mark.parametrize("length_normalize", [False, True])
 def test_what_the_loop_passes_on(monkeypatch, tmp_path, length_normalize):
     """From a file: the log-probabilities of each pair, by another way, at the first step and under
     the reference ever after; each judgement once a pass."""
     path = tmp_path / "judged.jsonl"
     lines = judged(path)
-    calls, made, deepcopy = record(monkeypatch, "dpo_loss"), [], copy.deepcopy
+    calls, made, deepcopy = programs.record(monkeypatch, dpo, "dpo_loss"), [], copy.deepcopy
     keep = lambda x, *memo: made.append(deepcopy(x, *memo)) or made[-1]  # noqa: E731
     monkeypatch.setattr(copy, "deepcopy", keep)
     flags = {"beta": 0.3, "loss_type": "robust", "label_smoothing": 0.1, "minibatch_size": 15}
@@ -504,7 +476,7 @@ def test_what_the_loop_passes_on(monkeypatch, tmp_path, length_normalize):
 
 
 def test_judgements_of_one_prompt_stand_together(monkeypatch):
-    calls = record(monkeypatch, "response_states", "dpo_loss")
+    calls = programs.record(monkeypatch, dpo, "response_states", "dpo_loss")
     run(num_responses=256, group_size=8, minibatch_size=112)
     steps = [c for c in calls["response_states"] if c["responses"].requires_grad is False]
     trained = [c for c in steps if len(c["prompts"]) < 112][-len(calls["dpo_loss"]) :]
@@ -521,7 +493,7 @@ def test_held_out_prompts_of_a_file_are_left_out(monkeypatch, tmp_path, capsys):
     path.write_text(
         "\n".join([line(held_out[0]), line(train[0]), line(train[1]), line(held_out[1])])
     )
-    calls = record(monkeypatch, "dpo_loss", "response_states")
+    calls = programs.record(monkeypatch, dpo, "dpo_loss", "response_states")
     run(preferences=path)
     assert "left out 2 of 4" in capsys.readouterr().out
     assert all(c["logprobs"].shape == (2, 2) for c in calls["dpo_loss"])
@@ -536,7 +508,7 @@ def test_held_out_prompts_of_a_file_are_left_out(monkeypatch, tmp_path, capsys):
 
 
 def test_first_loss_is_log_2_and_metrics_are_logged(monkeypatch):
-    calls = record(monkeypatch, "write", "dpo_loss", "evaluate")
+    calls = programs.record(monkeypatch, dpo, "write", "dpo_loss", "evaluate")
     run(annotator_temperature=0.3, beta=0.4)
     assert logged(calls, "loss")[0] == pytest.approx(math.log(2), abs=1e-5)
     assert all(c["kl_coef"] == pytest.approx(0.12) for c in calls["evaluate"])
@@ -555,7 +527,7 @@ def test_first_loss_is_log_2_and_metrics_are_logged(monkeypatch):
 
 def test_success_rises_though_the_chosen_become_less_likely(monkeypatch):
     """A short run; by its end the chosen responses, too, are less likely than at the start."""
-    calls = record(monkeypatch, "write")
+    calls = programs.record(monkeypatch, dpo, "write")
     flags = {"num_responses": 2_912, "epochs": 3, "minibatch_size": 128, "learning_rate": 4e-4}
     result = dpo.main(dpo.Args(tensorboard=False, beta=0.5, annotator_temperature=0.1, **flags))
     assert 0.4 < result["success_before"] < 0.8

@@ -1,8 +1,5 @@
 """grpo.py: its losses against loops, its biases against exact gradients, the program as a whole."""
 
-import copy
-import functools
-import inspect
 import itertools
 import math
 
@@ -390,27 +387,12 @@ def test_kl_by_loops_weighed_as_the_policy_loss(kind, loss_type):
 # ---------------------------------------------------------------- The program
 
 
-WARM = {}  # policies and states of the generator after a warm start, by seed and steps
 warm_start = grpo.warm_start
-
-
-def warm_start_once(policy, prompts, responses, steps):
-    """The script's own warm start, remembered: the same weights, the same random numbers after."""
-    key = torch.initial_seed(), steps
-    if key not in WARM:
-        warm_start(policy, prompts, responses, steps)
-        WARM[key] = copy.deepcopy(policy.state_dict()), torch.get_rng_state()
-    policy.load_state_dict(WARM[key][0])
-    torch.set_rng_state(WARM[key][1])
 
 
 @pytest.fixture(autouse=True)
 def short_runs(monkeypatch, tmp_path):
-    """Evaluate on 5 prompts, in an empty folder."""
-    train, held_out = grpo.make_prompts()
-    monkeypatch.setattr(grpo, "make_prompts", lambda: (train, held_out[:5]))
-    monkeypatch.setattr(grpo, "warm_start", warm_start_once)
-    monkeypatch.chdir(tmp_path)
+    programs.shorten_runs(monkeypatch, tmp_path, grpo)
 
 
 def run(**flags):
@@ -418,25 +400,6 @@ def run(**flags):
     defaults = {"batch_size": 64, "total_episodes": 128, "sft_steps": 20, "tensorboard": False}
     result = grpo.main(grpo.Args(**(defaults | {"num_minibatches": 2} | flags)))
     return {name: value for name, value in result.items() if name != "seconds"}
-
-
-def record(monkeypatch, *names):
-    """Let functions of the script note their arguments: name to one dictionary a call."""
-    calls = {name: [] for name in names}
-
-    def spy(name, function):
-        arguments = list(inspect.signature(function).parameters)
-
-        @functools.wraps(function)
-        def noted(*args, **more):
-            calls[name].append(dict(zip(arguments, args, strict=False)) | more)
-            return function(*args, **more)
-
-        return noted
-
-    for name in names:
-        monkeypatch.setattr(grpo, name, spy(name, getattr(grpo, name)))
-    return calls
 
 
 def logged(calls, name):
@@ -451,7 +414,7 @@ def logged(calls, name):
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_what_the_loop_passes_on(monkeypatch, loss_type):
     names = "reward group_advantages grpo_loss kl_loss token_weights write"
-    calls = record(monkeypatch, *names.split())
+    calls = programs.record(monkeypatch, grpo, *names.split())
     run(
         loss_type=loss_type,
         scale_rewards="group",
@@ -492,13 +455,13 @@ def test_what_the_loop_passes_on(monkeypatch, loss_type):
 
 
 def test_upper_clip_is_the_lower_one_unless_given(monkeypatch):
-    calls = record(monkeypatch, "grpo_loss")
+    calls = programs.record(monkeypatch, grpo, "grpo_loss")
     run(clip_coef=0.3)
     assert all(c["clip_low"] == c["clip_high"] == 0.3 for c in calls["grpo_loss"])
 
 
 def test_group_statistics_are_logged(monkeypatch):
-    calls = record(monkeypatch, "write", "group_advantages")
+    calls = programs.record(monkeypatch, grpo, "write", "group_advantages")
     run(group_size=4)
     for step in range(2):
         scores = calls["group_advantages"][step]["scores"].view(16, 4).tolist()
@@ -619,7 +582,7 @@ def test_program_in_a_shell(tmp_path):
 
 
 def test_logged_metrics(monkeypatch):
-    calls = record(monkeypatch, "write")
+    calls = programs.record(monkeypatch, grpo, "write")
     run()
     found = {(c["group"], name) for c in calls["write"] for name in c["metrics"]}
     charts = "score score_std kl kl_coef response_length eos_rate learning_rate episodes_per_second"

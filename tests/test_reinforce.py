@@ -1,8 +1,5 @@
 """reinforce.py: expected gradients against exact ones, and the program as a whole."""
 
-import copy
-import functools
-import inspect
 import math
 
 import oracle
@@ -243,27 +240,12 @@ def test_at_the_optimum_every_response_earns_the_same():
 # ---------------------------------------------------------------- The program
 
 
-WARM = {}  # policies and states of the generator after a warm start, by seed and steps
 warm_start = reinforce.warm_start
-
-
-def warm_start_once(policy, prompts, responses, steps):
-    """The script's own warm start, remembered: the same weights, the same random numbers after."""
-    key = torch.initial_seed(), steps
-    if key not in WARM:
-        warm_start(policy, prompts, responses, steps)
-        WARM[key] = copy.deepcopy(policy.state_dict()), torch.get_rng_state()
-    policy.load_state_dict(WARM[key][0])
-    torch.set_rng_state(WARM[key][1])
 
 
 @pytest.fixture(autouse=True)
 def short_runs(monkeypatch, tmp_path):
-    """Evaluate on 5 prompts, in an empty folder."""
-    train, held_out = reinforce.make_prompts()
-    monkeypatch.setattr(reinforce, "make_prompts", lambda: (train, held_out[:5]))
-    monkeypatch.setattr(reinforce, "warm_start", warm_start_once)
-    monkeypatch.chdir(tmp_path)
+    programs.shorten_runs(monkeypatch, tmp_path, reinforce)
 
 
 def run(**flags):
@@ -271,25 +253,6 @@ def run(**flags):
     defaults = {"batch_size": 64, "total_episodes": 128, "sft_steps": 20, "tensorboard": False}
     result = reinforce.main(reinforce.Args(**(defaults | flags)))
     return {name: value for name, value in result.items() if name != "seconds"}
-
-
-def record(monkeypatch, *names):
-    """Let functions of the script note their arguments: name to one dictionary a call."""
-    calls = {name: [] for name in names}
-
-    def spy(name, function):
-        arguments = list(inspect.signature(function).parameters)
-
-        @functools.wraps(function)
-        def noted(*args, **more):
-            calls[name].append(dict(zip(arguments, args, strict=False)) | more)
-            return function(*args, **more)
-
-        return noted
-
-    for name in names:
-        monkeypatch.setattr(reinforce, name, spy(name, getattr(reinforce, name)))
-    return calls
 
 
 def logged(calls, name):
@@ -306,7 +269,9 @@ def logged(calls, name):
 def test_advantages_in_the_loop(monkeypatch, baseline, objective):
     if objective == "rwr" and baseline != "rloo":
         return  # refused
-    calls = record(monkeypatch, "token_rewards", "reinforce_loss", "reward", "write")
+    calls = programs.record(
+        monkeypatch, reinforce, "token_rewards", "reinforce_loss", "reward", "write"
+    )
     flags = {"total_episodes": 96, "batch_size": 32, "group_size": 4, "gamma": 0.9}
     if objective == "rwr":
         flags |= {"objective": "rwr", "rwr_beta": 0.2, "rwr_top_fraction": 0.5}
@@ -353,7 +318,7 @@ def test_advantages_in_the_loop(monkeypatch, baseline, objective):
 
 
 def test_normalized_advantages_have_variance_one(monkeypatch):
-    calls = record(monkeypatch, "reinforce_loss")
+    calls = programs.record(monkeypatch, reinforce, "reinforce_loss")
     run(normalize_advantages=True)
     for call in calls["reinforce_loss"]:
         real = call["advantages"][call["mask"]]
@@ -361,10 +326,10 @@ def test_normalized_advantages_have_variance_one(monkeypatch):
 
 
 def test_without_a_baseline_nothing_is_explained_and_the_critic_learns(monkeypatch):
-    calls = record(monkeypatch, "write")
+    calls = programs.record(monkeypatch, reinforce, "write")
     run(baseline="none")
     assert all(abs(x) < 1e-6 for x in logged(calls, "explained_variance"))
-    calls = record(monkeypatch, "write")
+    calls = programs.record(monkeypatch, reinforce, "write")
     run(baseline="value", vf_coef=1.0, total_episodes=2560, sft_steps=100)
     errors = logged(calls, "value_loss")
     assert sum(errors[-10:]) / 10 < 0.7 * errors[0]
@@ -375,7 +340,7 @@ def test_bonuses_and_penalties_have_the_right_sign(monkeypatch):
     base = run(**flags)
     assert run(ent_coef=1.0, **flags)["entropy"] > base["entropy"] + 0.1
     assert run(kl_coef=2.0, **flags)["kl"] < 0.7 * base["kl"]
-    calls = record(monkeypatch, "reinforce_loss", "write")
+    calls = programs.record(monkeypatch, reinforce, "reinforce_loss", "write")
     run(baseline="value", vf_coef=0.0)
     plain = [c["logprobs"].sum().item() for c in calls["reinforce_loss"]]
     run(baseline="value", vf_coef=10.0)
@@ -502,7 +467,7 @@ def test_program_in_a_shell(tmp_path):
 
 
 def test_logged_metrics(monkeypatch):
-    calls = record(monkeypatch, "write")
+    calls = programs.record(monkeypatch, reinforce, "write")
     run()
     found = {(c["group"], name) for c in calls["write"] for name in c["metrics"]}
     charts = "score score_std kl kl_coef response_length eos_rate learning_rate episodes_per_second"

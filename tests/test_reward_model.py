@@ -1,7 +1,6 @@
 """reward_model.py: losses against loops, reports against enumeration, a person in a terminal."""
 
 import contextlib
-import copy
 import itertools
 import json
 import math
@@ -633,28 +632,9 @@ def test_a_line_without_an_end_is_ended_before_the_next(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- The program
 
 
-WARM = {}
-warm_start = reward_model.warm_start
-
-
-def warm_start_once(policy, prompts, responses, steps):
-    """The script's own warm start, remembered: the same weights, the same random numbers after."""
-    key = torch.initial_seed(), steps
-    if key not in WARM:
-        warm_start(policy, prompts, responses, steps)
-        WARM[key] = copy.deepcopy(policy.state_dict()), torch.get_rng_state()
-    policy.load_state_dict(WARM[key][0])
-    torch.set_rng_state(WARM[key][1])
-
-
 @pytest.fixture(autouse=True)
 def short_runs(monkeypatch, tmp_path):
-    """Evaluate on 5 prompts, in an empty folder."""
-    train, held_out = reward_model.make_prompts()
-    for script in (reward_model, *TRAINERS):
-        monkeypatch.setattr(script, "make_prompts", lambda: (train, held_out[:5]))
-        monkeypatch.setattr(script, "warm_start", warm_start_once)
-    monkeypatch.chdir(tmp_path)
+    programs.shorten_runs(monkeypatch, tmp_path, reward_model, *TRAINERS)
 
 
 def run(**flags):
