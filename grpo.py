@@ -127,7 +127,7 @@ def reward(prompts, responses, kind="exact"):
 
 # ------------------------------------------------------------------ The policy: a small GPT
 class Block(nn.Module):
-    """Pre-LN transformer block, (B, T, D) to (B, T, D); at first the identity."""
+    """Pre-LN transformer block: (B, T, D) to (B, n, D), the last n of T; at first the identity."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -136,33 +136,37 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         nn.init.zeros_(self.proj.weight), nn.init.zeros_(self.down.weight)
 
-    def forward(self, x):
+    def forward(self, x, n):
         q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        logits = q @ k.mT * q.shape[3] ** -0.5  # (B, H, T, T)
-        future = torch.ones(logits.shape[2:], dtype=torch.bool, device=x.device).triu(1)
-        mixed = logits.masked_fill(future, -torch.inf).softmax(3) @ v  # (B, H, T, D/H)
-        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+        past = torch.ones(n, x.shape[1], dtype=torch.bool, device=x.device).tril(x.shape[1] - n)
+        mixed = F.scaled_dot_product_attention(q[:, :, -n:], k, v, attn_mask=past)  # (B, H, n, D/H)
+        x = x[:, -n:] + self.proj(mixed.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
 class GPT(nn.Module):
-    """Tokens (B, T) to hidden states (B, T, D); head turns these into logits (or into values)."""
+    """Tokens (B, T) to hidden states (B, n, D) of the last n (all, if None), which self.head turns
+    into logits (or into values)."""
 
     def __init__(self, outputs=VOCAB, width=64, layers=2, heads=4, context=6):
         super().__init__()
         self.embed, self.position = nn.Embedding(VOCAB, width), nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(layers)])
+        self.blocks = nn.ModuleList([Block(width, heads) for _ in range(layers)])
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, outputs)
         nn.init.normal_(self.embed.weight, std=0.2), nn.init.normal_(self.position.weight, std=0.2)
 
-    def forward(self, tokens):
-        return self.norm(self.blocks(self.embed(tokens) + self.position.weight[: tokens.shape[1]]))
+    def forward(self, tokens, n=None):
+        length = tokens.shape[1]
+        x = self.embed(tokens) + self.position.weight[:length]
+        for block in self.blocks[:-1]:
+            x = block(x, length)
+        return self.norm(self.blocks[-1](x, n or length))
 
 
 # ------------------------------------------------------------------ Rollout
 def response_states(gpt, prompts, responses):
     """Hidden states (B, R, D) that choose the response tokens: those at positions P-1 to T-2."""
-    return gpt(torch.cat([prompts, responses[:, :-1]], 1))[:, prompts.shape[1] - 1 :]
+    return gpt(torch.cat([prompts, responses[:, :-1]], 1), responses.shape[1])
 
 
 @torch.no_grad()
@@ -170,8 +174,8 @@ def generate(policy, prompts, temperature):
     """Sample responses (B, R). EOS ends one; as padding it fills the places behind."""
     responses = prompts[:, :0]  # (B, 0)
     for _ in range(RESPONSE_LENGTH):
-        states = policy(torch.cat([prompts, responses], 1))
-        logits = policy.head(states[:, -1]) / temperature  # (B, V)
+        states = policy(torch.cat([prompts, responses], 1), 1)  # (B, 1, D)
+        logits = policy.head(states[:, 0]) / temperature  # (B, V)
         token = torch.multinomial(logits.softmax(1), 1)  # (B, 1)
         ended = (responses == EOS).any(1, keepdim=True)
         responses = torch.cat([responses, torch.where(ended, EOS, token)], 1)
@@ -217,8 +221,8 @@ def response_scores(gpt, prompts, responses):
 
     Attention looks back only, so nothing that follows EOS can change them.
     """
-    states = gpt(torch.cat([prompts, responses], 1))  # (B, T, D)
-    last = prompts.shape[1] + response_mask(responses).sum(1) - 1
+    states = gpt(torch.cat([prompts, responses], 1), responses.shape[1])  # (B, R, D)
+    last = response_mask(responses).sum(1) - 1
     return gpt.head(states[torch.arange(len(last)), last]).squeeze(1)
 
 
