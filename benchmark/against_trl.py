@@ -84,7 +84,7 @@ def to_gpt2(gpt, kind="GPT2LMHeadModel"):
     shape |= {"vocab_size": grpo.VOCAB + (not policy), "tie_word_embeddings": False}
     tokens = {"bos_token_id": None, "eos_token_id": EOS, "pad_token_id": EOS + (not policy)}
     dropout = dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], 0.0)
-    shape |= tokens | dropout | {"activation_function": "gelu_pytorch_tanh"}
+    shape |= tokens | dropout | {"activation_function": "gelu"}
     shape |= {"attn_implementation": "eager"}  # quicker than sdpa for so few tokens
     config = transformers.GPT2Config(**shape, num_labels=1)
     model = getattr(transformers, kind)(config)
