@@ -1,0 +1,76 @@
+"""The flags that choose another algorithm, each at the other defaults, over a few seeds.
+
+    python benchmark/variants.py                     # prints a markdown table
+    python benchmark/variants.py --only ppo.py dpo   # the lines that begin so
+
+Where a line has --reward-model rm.pt, reward_model.py makes that file first, with the same seed.
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+LINES = """
+ppo.py --kl-in loss --kl-estimator k2
+ppo.py --kl-in loss --kl-estimator k3
+ppo.py --reward sharp
+ppo.py --reward distance
+ppo.py --reward process
+ppo.py --separate-critic
+ppo.py --kl-target 0.3
+ppo.py --sft-steps 0 --total-episodes 153600
+ppo.py --reward-model rm.pt
+grpo.py --reward-model rm.pt
+grpo.py --loss-type dr-grpo
+grpo.py --loss-type dapo
+grpo.py --loss-type gspo
+grpo.py --loss-type cispo
+reinforce.py --reward-model rm.pt
+reinforce.py --baseline none
+reinforce.py --baseline batch-mean
+reinforce.py --baseline running-mean
+reinforce.py --baseline value
+reinforce.py --objective rwr
+dpo.py --loss-type ipo
+dpo.py --loss-type hinge
+dpo.py --loss-type robust --label-smoothing 0.1
+""".strip().splitlines()
+
+
+def run(line, seed):
+    """What main returns for a command line."""
+    name, *flags = line.split()
+    script = importlib.import_module(name.removesuffix(".py"))
+    words = [*flags, "--seed", str(seed), "--no-tensorboard"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        return script.main(tyro.cli(script.Args, args=words))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--only", nargs="+", default=[""])
+    args = parser.parse_args()
+    lines = [line for line in LINES if line.startswith(tuple(args.only))]
+    print("| command | success, each seed | optimality | KL, nats |\n|-|-|-|-|", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        for seed in args.seeds if any("rm.pt" in line for line in lines) else ():
+            run(f"reward_model.py --save-path {seed}rm.pt", seed)
+        for line in lines:
+            runs = [run(line.replace("rm.pt", f"{seed}rm.pt"), seed) for seed in args.seeds]
+            names = "success", "optimality", "kl"
+            columns = [", ".join(f"{result[name]:.3f}" for result in runs) for name in names]
+            print(f"| `{line}` | {' | '.join(columns)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
