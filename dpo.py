@@ -261,10 +261,11 @@ def parse_judgement(line):
     return *rows, tie
 
 
-def read_preferences(path):
+def read_preferences(path, held_out=()):
     """Preferences from a file of JSON lines: prompts (N, P), chosen and rejected (N, R), ties (N,).
-    A line is {"prompt": "433", "chosen": "73", "rejected": "11"}, and perhaps has "tie": true."""
-    judgements = []
+    A line is {"prompt": "433", "chosen": "73", "rejected": "11"}, and perhaps has "tie": true.
+    Those of held-out prompts (M, P) are left out, so that the evaluation stays clean."""
+    judgements, held_out = [], {tuple(map(int, prompt)) for prompt in held_out}
     try:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             try:
@@ -275,10 +276,15 @@ def read_preferences(path):
     except (OSError, UnicodeDecodeError) as error:
         print(f"error: --preferences {path}: cannot be read ({error})", file=sys.stderr)
         sys.exit(2)
-    if not judgements:
-        print(f"error: --preferences {path}: holds no judgement", file=sys.stderr)
+    kept = [row for row in judgements if tuple(row[0]) not in held_out]
+    if len(kept) < len(judgements):
+        left_out = f"left out {len(judgements) - len(kept)} of {len(judgements)} judgements"
+        print(f"{path}: {left_out}, as their prompts are held out")
+    if not kept:
+        why = "holds no judgement, or only of held-out prompts"
+        print(f"error: --preferences {path}: {why}", file=sys.stderr)
         sys.exit(2)
-    return tuple(torch.tensor(column) for column in zip(*judgements, strict=True))
+    return tuple(torch.tensor(column) for column in zip(*kept, strict=True))
 
 
 # ------------------------------------------------------------------ DPO
@@ -378,11 +384,7 @@ def main(args: Args) -> dict[str, float]:
     torch.manual_seed(args.seed)
     train_prompts, held_out = (prompts.to(device) for prompts in make_prompts())
     if args.preferences is not None:
-        judgements = [column.to(device) for column in read_preferences(args.preferences)]
-        clean = ~(judgements[0][:, None] == held_out).all(2).any(1)  # (N,)
-        why = "has judgements of held-out prompts alone, which are kept for the evaluation"
-        check(args, "preferences", lambda _: clean.any(), why)
-        judgements = [column[clean] for column in judgements]
+        judgements = [column.to(device) for column in read_preferences(args.preferences, held_out)]
     policy = GPT().to(device)
     warm_start(policy, *make_demonstrations(train_prompts), args.sft_steps)
     reference = copy.deepcopy(policy).requires_grad_(False)
@@ -405,9 +407,6 @@ def main(args: Args) -> dict[str, float]:
     if writer:
         flags = "".join(f"|{flag}|{value}|\n" for flag, value in asdict(args).items())
         writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}")
-
-    if args.preferences is not None and not clean.all():
-        print(f"left out {(~clean).sum()} of {len(clean)} judgements: their prompts are held out")
 
     # Each response once, with its prompt and its log-probability under the reference.
     prompts, chosen, rejected, ties = judgements  # (N, P), (N, R), (N, R), (N,)

@@ -264,10 +264,11 @@ def parse_judgement(line):
     return *rows, tie
 
 
-def read_preferences(path):
+def read_preferences(path, held_out=()):
     """Preferences from a file of JSON lines: prompts (N, P), chosen and rejected (N, R), ties (N,).
-    A line is {"prompt": "433", "chosen": "73", "rejected": "11"}, and perhaps has "tie": true."""
-    judgements = []
+    A line is {"prompt": "433", "chosen": "73", "rejected": "11"}, and perhaps has "tie": true.
+    Those of held-out prompts (M, P) are left out, so that the evaluation stays clean."""
+    judgements, held_out = [], {tuple(map(int, prompt)) for prompt in held_out}
     try:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             try:
@@ -278,10 +279,15 @@ def read_preferences(path):
     except (OSError, UnicodeDecodeError) as error:
         print(f"error: --preferences {path}: cannot be read ({error})", file=sys.stderr)
         sys.exit(2)
-    if not judgements:
-        print(f"error: --preferences {path}: holds no judgement", file=sys.stderr)
+    kept = [row for row in judgements if tuple(row[0]) not in held_out]
+    if len(kept) < len(judgements):
+        left_out = f"left out {len(judgements) - len(kept)} of {len(judgements)} judgements"
+        print(f"{path}: {left_out}, as their prompts are held out")
+    if not kept:
+        why = "holds no judgement, or only of held-out prompts"
+        print(f"error: --preferences {path}: {why}", file=sys.stderr)
         sys.exit(2)
-    return tuple(torch.tensor(column) for column in zip(*judgements, strict=True))
+    return tuple(torch.tensor(column) for column in zip(*kept, strict=True))
 
 
 def judge_pairs(policy, prompts, path, number):
@@ -511,12 +517,7 @@ def main(args: Args) -> dict[str, float]:
     torch.manual_seed(args.seed)
     train_prompts, held_out = (prompts.to(device) for prompts in make_prompts())
     if args.preferences is not None and args.annotate is None:
-        judgements = [column.to(device) for column in read_preferences(args.preferences)]
-        fair = ~(judgements[0][:, None] == held_out).all(2).any(1)  # the evaluation stays clean
-        check(args, "preferences", lambda v: fair.any(), "holds only held-out prompts")
-        judgements = [column[fair] for column in judgements]
-        kept = f"{fair.sum()} of {len(fair)} judgements used"
-        print(f"{args.preferences}: {kept}, not those on held-out prompts")
+        judgements = [column.to(device) for column in read_preferences(args.preferences, held_out)]
     reference = GPT().to(device)
     warm_start(reference, *make_demonstrations(train_prompts), args.sft_steps)
     reference.requires_grad_(False)
