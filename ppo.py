@@ -45,7 +45,7 @@ class Args:
     sft_steps: int = 100  # supervised steps that make the reference; 0 starts from scratch
     total_episodes: int = 102_400  # responses sampled in all
     batch_size: int = 256  # responses a rollout
-    learning_rate: float = 1.6e-3  # the highest of AdamW: rises for a fifth of the run, falls to 0
+    learning_rate: float = 3e-3  # the highest of AdamW: rises for a fifth of the run, falls to 0
     max_grad_norm: float = 1.0  # gradients longer than this are scaled down to it
     temperature: float = 1.0  # divides the logits, in sampling and in every log-probability alike
     kl_coef: float = 0.05  # β, the price in reward of a nat of KL(policy ‖ reference) a response
@@ -55,7 +55,7 @@ class Args:
     rm_uncertainty_coef: float = 0.0  # take off so many standard deviations between its models
     missing_eos_penalty: float = 0.0  # taken from the reward of a response that does not end
     update_epochs: int = 2  # passes over each rollout
-    num_minibatches: int = 4  # gradient steps a pass
+    num_minibatches: int = 2  # gradient steps a pass
     gamma: float = 1.0  # discount a token; 1 is usual, as only the finished response counts
     gae_lambda: float = 0.6  # λ: 1 trusts sampled returns (no bias), 0 the critic (low variance)
     clip_coef: float = 0.2  # ε: no gain from moving the ratio π/π_old (or a value) further
