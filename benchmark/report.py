@@ -52,8 +52,9 @@ def where(results, scripts):
     m, seeds = results[scripts[0]]["machine"], len(results[scripts[0]]["runs"])
     commits = ", ".join(sorted({results[script]["machine"]["commit"] for script in scripts}))
     dates = " and ".join(sorted({results[script]["machine"]["date"] for script in scripts}))
+    names = " ".join(f"'{script}'" if " " in script else script for script in scripts)
     return (
-        f"`python benchmark/run.py --scripts {' '.join(scripts)} --threads {m['threads']}`: seeds 1"
+        f"`python benchmark/run.py --scripts {names} --threads {m['threads']}`: seeds 1"
         f" to {seeds}, mean ± standard deviation. {m['cpu']}, {m['cores']} cores, Python"
         f" {m['python']}, torch {m['torch']}, {dates}, commit {commits}."
     )
@@ -71,6 +72,22 @@ def scripts_table(results):
         success, optimality = (spread(column(result, k)) for k in ("success", "optimality"))
         line = " | ".join([f"`{script}.py`", *ABOUT[script], f"{before:.2f} → {success}"])
         lines.append(f"| {line} | {optimality} |")
+    return "\n".join([*lines, "", where(results, present)])
+
+
+def reward_model_table(results):
+    lines = [
+        "| learns from | pair accuracy | attainable | correlation | calibration error"
+        " | best of 16 | attainable |",
+        "|-|-|-|-|-|-|-|",
+    ]
+    present = [script for script in results if script.startswith("reward_model")]
+    names = ["accuracy", "attainable", "correlation", "calibration_error"]
+    names += ["best_of_16", "best_of_16_attainable"]
+    for script in present:
+        cells = [spread(column(results[script], name)) for name in names]
+        kind = script.split()[-1] if " " in script else "preferences"
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", where(results, present)])
 
 
@@ -106,6 +123,7 @@ def ppo_output(results):
 
 
 TABLES = {"output": ppo_output, "scripts": scripts_table, "digits": digits_table}
+TABLES["reward_model"] = reward_model_table
 
 
 def render(readme):

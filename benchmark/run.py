@@ -4,9 +4,10 @@
     python benchmark/run.py --scripts ppo grpo        # these anew; the others' numbers stay
     python benchmark/run.py --threads 1               # torch on one thread, for a busy machine
 
-Each run is a program of its own in an empty folder: `python SCRIPT --seed S` and nothing else. Its
-time is that of the whole command, imports included. `python benchmark/report.py` puts the numbers
-into the README and draws the figures.
+Each run is a program of its own in an empty folder: `python SCRIPT.py --seed S` and no other flags
+but those that stand in its name ("reward_model --learn-from labels"). Its time is that of the whole
+command, imports included. `python benchmark/report.py` puts the numbers into the README and draws
+the figures.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmark" / "results" / "runs.json"
 SEEDS = {"ppo": 5, "reinforce": 5, "grpo": 5, "dpo": 5, "reward_model": 5, "digits_sum20": 10}
+SEEDS |= {f"reward_model --learn-from {kind}": 5 for kind in ("labels", "demonstrations")}
 SEEDS["gpt2_sentiment"] = 3
 CURVE = "charts/score"  # the curve that is kept of a run that has it
 # What main returns is richer than what it prints, so main is called as the program calls it.
@@ -71,13 +73,13 @@ def read_curve(folder):
 def run(script, seed, threads):
     """One run: what main returned, the seconds of the whole command, its output and its curve."""
     env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    words = [sys.executable, "-c", PROGRAM, str(ROOT), script, "--seed", str(seed)]
+    words = [sys.executable, "-c", PROGRAM, str(ROOT), *script.split(), "--seed", str(seed)]
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True)
         seconds = time.perf_counter() - start
         if done.returncode:
-            sys.exit(f"{script}.py --seed {seed} failed:\n{done.stderr}")
+            sys.exit(f"{script} --seed {seed} failed:\n{done.stderr}")
         result = json.loads((Path(folder) / "result.json").read_text())
         (events,) = (Path(folder) / "runs").iterdir()
         curve = read_curve(events)
@@ -98,7 +100,7 @@ def main():
             outputs.append(output)
             print(f"{script} seed {seed}: {output.splitlines()[-1]}", flush=True)
         results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        command = f"python benchmark/run.py --scripts {script} --threads {args.threads}"
+        command = f"python benchmark/run.py --scripts '{script}' --threads {args.threads}"
         results[script] = {"command": command, "machine": machine(args.threads), "runs": runs}
         if script != "digits_sum20":
             results[script]["output"] = outputs[0].splitlines()
