@@ -16,11 +16,8 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
-def few_held_out_prompts(monkeypatch, tmp_path):
-    """Evaluate on 10 prompts, in an empty folder."""
-    train, held_out = ppo.make_prompts()
-    monkeypatch.setattr(ppo, "make_prompts", lambda: (train, held_out[:10]))
-    monkeypatch.chdir(tmp_path)
+def short_runs(monkeypatch, tmp_path):
+    programs.shorten_runs(monkeypatch, tmp_path, ppo)
 
 
 def run(**flags):
@@ -31,11 +28,10 @@ def run(**flags):
 
 
 @pytest.fixture(scope="module")
-def default_result():
+def default_result(tmp_path_factory):
     """Computed once: what run() returns with no flags."""
-    train, held_out = ppo.make_prompts()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo, "make_prompts", lambda: (train, held_out[:10]))
+        programs.shorten_runs(patch, tmp_path_factory.mktemp("default"), ppo)
         return run()
 
 
