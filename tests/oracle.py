@@ -191,3 +191,41 @@ def grpo_loss(new, old, advantages, loss_type, low, high, longest):
     if loss_type == "dr-grpo":
         return -sum(sums) / (len(sums) * longest)
     return -sum(sums) / sum(len(t) for t in terms)
+
+
+def layer_norm(x, weight, bias):
+    mean = sum(x) / len(x)
+    variance = sum((v - mean) ** 2 for v in x) / len(x)
+    return (x - mean) / math.sqrt(variance + 1e-5) * weight + bias
+
+
+def gpt_states(weights, tokens, heads):
+    """Hidden states of one sequence under a GPT's weights: a list of (D,), a position at a time."""
+    layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks"))
+    keys, values, states = [[] for _ in range(layers)], [[] for _ in range(layers)], []
+
+    def linear(name, x):
+        return weights[f"{name}.weight"] @ x + weights[f"{name}.bias"]
+
+    def norm(name, x):
+        return layer_norm(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    for position, token in enumerate(tokens):
+        x = weights["embed.weight"][token] + weights["position.weight"][position]
+        size = len(x) // heads
+        for i in range(layers):
+            at = f"blocks.{i}"
+            query, key, value = linear(f"{at}.qkv", norm(f"{at}.norm1", x)).chunk(3)
+            keys[i].append(key)
+            values[i].append(value)
+            mixed = []
+            for part in (slice(h * size, (h + 1) * size) for h in range(heads)):
+                odds = [math.exp(query[part] @ k[part] / math.sqrt(size)) for k in keys[i]]
+                mixed.append(sum(o * v[part] for o, v in zip(odds, values[i], strict=True)))
+                mixed[-1] = mixed[-1] / sum(odds)
+            x = x + linear(f"{at}.proj", torch.cat(mixed))
+            up = linear(f"{at}.up", norm(f"{at}.norm2", x)).tolist()
+            up = [0.5 * u * (1 + math.erf(u / math.sqrt(2))) for u in up]  # GELU
+            x = x + linear(f"{at}.down", torch.tensor(up, dtype=torch.float64))
+        states.append(norm("norm", x))
+    return states

@@ -130,6 +130,21 @@ def make_gpt(seed=3):
 
 
 @torch.no_grad()
+def test_gpt_is_the_transformer_that_it_says():
+    gpt, tokens = make_gpt(), [4, 3, 3, 7, 10, 1]
+    for name, x in gpt.named_parameters():  # norms and biases that do something
+        if x.dim() == 1:
+            torch.nn.init.normal_(x, mean=float("norm" in name and "weight" in name), std=0.3)
+    expected = torch.stack(oracle.gpt_states(gpt.state_dict(), tokens, heads=4))
+    for length in (1, 3, 6):
+        found = gpt(torch.tensor([tokens[:length], [0] * length]))[0]
+        torch.testing.assert_close(found, expected[:length], atol=1e-9, rtol=0)
+        for n in range(1, length + 1):  # the last n alone
+            last = gpt(torch.tensor([tokens[:length]]), n)[0]
+            torch.testing.assert_close(last, expected[length - n : length], atol=1e-9, rtol=0)
+
+
+@torch.no_grad()
 def test_distribution_is_that_of_one_pass_a_token():
     gpt = make_gpt()
     expected = brute_force_distribution(gpt, PROMPT, 0.7)
