@@ -659,15 +659,10 @@ def response_logits(policy, states, temperature, allowed):
     that is improved is the one that was made, among these tokens. The KL is then that of these
     choices, and no gradient flows through which tokens are in a set.
     """
-    logits = policy.head(states).float() / temperature
+    logits = policy.head(states / temperature).float()  # fewer numbers to divide than the logits
     if allowed is not None:
         logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
     return logits
-
-
-def token_logprobs(logits, responses):
-    """Log-probabilities (B, R) of the tokens under logits (B, R, V)."""
-    return -F.cross_entropy(logits.transpose(1, 2), responses, reduction="none")
 
 
 def masked_sum(x, mask):
@@ -850,21 +845,16 @@ def precision(args):
     return torch.autocast(args.device, torch.bfloat16, enabled=args.bf16)
 
 
-def token_entropy(logits):
-    """Entropy in nats (B, R) of each choice."""
-    logprobs = logits.log_softmax(2)
-    return -(logprobs.exp() * logprobs).sum(2)
-
-
 def assess(policy, critic, prompts, prompt_mask, responses, allowed, args):
     """Log-probabilities, values (None without a critic) and entropies of responses, (B, R)."""
     with precision(args):
         states = continuation_states(policy, prompts, prompt_mask, responses)
         values = None if critic is None else critic(states, prompts, prompt_mask, responses)
         logits = response_logits(policy, states, args.temperature, allowed)
-    logprobs = token_logprobs(logits, responses)
+    each = logits.log_softmax(2)  # (B, R, V)
+    logprobs = each.gather(2, responses[:, :, None]).squeeze(2)
     with torch.set_grad_enabled(torch.is_grad_enabled() and args.ent_coef > 0):  # or only logged
-        return logprobs, values, token_entropy(logits)
+        return logprobs, values, -(each.exp() * each).sum(2)
 
 
 @torch.no_grad()

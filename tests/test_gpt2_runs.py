@@ -83,8 +83,9 @@ def end_sooner(monkeypatch, by=5.0):
 
 UPDATES = [
     {},
-    {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "micro_batch_size": 2, "whiten_rewards": False},
+    {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "micro_batch_size": 2, "ent_coef": 0.2},
     {"separate_critic": True, "normalize_advantages": False, "kl_target": 5.0, "kl_horizon": 10},
+    {"whiten_rewards": False},
     {"ent_coef": 0.3, "gamma": 0.9, "gae_lambda": 0.5, "micro_batch_size": 1, "vf_clip_coef": 0.01},
 ]
 
