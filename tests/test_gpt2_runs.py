@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import gpt2_oracle
@@ -449,6 +450,7 @@ def test_resuming_takes_nothing_from_the_old_files(tmp_path, uninterrupted):
         run(**LONG | flags)
 
     killed(child)
+    time.sleep(1)  # TensorBoard sorts the files by the second in which they were begun
     shutil.rmtree(model)
     torch.manual_seed(77)
     folder, _ = checkpoint()
