@@ -83,51 +83,56 @@ class Args:
     eval_samples: int = 256  # responses of each model to training and to held-out prompts
 
 
-def check(args, flags, valid, why):
-    """End the program, status 2, with one line if a value is neither None (off) nor valid."""
+def stop(message):
+    """End the program, status 2, with one line."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(5)  # the first process speaks for all, and torchrun then ends the others
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def require(args, flags, valid, why):
+    """End the program if a value is neither None (off) nor valid."""
     for flag in flags.split():
         value = getattr(args, flag)
         if value is not None and not valid(value):
-            print(f"error: --{flag.replace('_', '-')} {value}: {why}", file=sys.stderr)
-            sys.exit(2)
-
-
-def stop(message):
-    """End the program, status 2, with one line."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+            stop(f"--{flag.replace('_', '-')} {value}: {why}")
 
 
 def check_args(args):
     if args.resume is not None:
         other = [f.name for f in fields(args) if getattr(args, f.name) != f.default]
         why = "continues with the flags it was started with; give no other"
-        check(args, "resume", lambda v: other == ["resume"], why)
+        require(args, "resume", lambda v: other == ["resume"], why)
         why = "has no checkpoint.pt; --checkpoint-every writes it to a folder in runs/"
-        check(args, "resume", lambda v: (v / "checkpoint.pt").is_file(), why)
+        require(args, "resume", lambda v: (v / "checkpoint.pt").is_file(), why)
         return
     counts = "total_episodes batch_size update_epochs num_minibatches kl_horizon response_length"
     counts += " micro_batch_size checkpoint_every"
-    check(args, counts, lambda v: v >= 1, "must be 1 or more")
+    require(args, counts, lambda v: v >= 1, "must be 1 or more")
     positive = "learning_rate max_grad_norm temperature clip_coef vf_clip_coef target_kl kl_target"
-    check(args, positive, lambda v: 0 < v < 2**63, "must be above 0, and finite")
+    require(args, positive, lambda v: 0 < v < 2**63, "must be above 0, and finite")
     amounts = "seed pretrain_steps kl_coef vf_coef ent_coef top_k"
-    check(args, amounts, lambda v: 0 <= v < 2**63, "must be 0 or more, and finite")
-    check(args, "eval_samples", lambda v: v >= 2, "must be 2 or more, for a standard error")
-    check(args, "gamma gae_lambda", lambda v: 0 <= v <= 1, "must be between 0 and 1")
-    check(args, "top_p", lambda v: 0 < v <= 1, "must be above 0 and at most 1")
+    require(args, amounts, lambda v: 0 <= v < 2**63, "must be 0 or more, and finite")
+    require(args, "eval_samples", lambda v: v >= 2, "must be 2 or more, for a standard error")
+    require(args, "gamma gae_lambda", lambda v: 0 <= v <= 1, "must be between 0 and 1")
+    require(args, "top_p", lambda v: 0 < v <= 1, "must be above 0 and at most 1")
     why = "cannot adapt --kl-coef 0; start that above 0, or give --kl-target None"
-    check(args, "kl_target", lambda v: args.kl_coef > 0, why)
-    check(args, "device", lambda v: v == "cpu" or torch.cuda.is_available(), "is not here; use cpu")
-    check(args, "bf16", lambda v: args.device == "cuda" or not v, "needs --device cuda")
+    require(args, "kl_target", lambda v: args.kl_coef > 0, why)
+    require(
+        args, "device", lambda v: v == "cpu" or torch.cuda.is_available(), "is not here; use cpu"
+    )
+    require(args, "bf16", lambda v: args.device == "cuda" or not v, "needs --device cuda")
     runs = "runs" if os.path.lexists("runs") else "."
     usable = os.path.isdir(runs) and os.access(runs, os.W_OK)
-    check(args, "tensorboard", lambda v: usable or not v, "cannot fill runs/; use --no-tensorboard")
-    check(args, "checkpoint_every", lambda v: usable, "cannot fill runs/; leave it out")
+    require(
+        args, "tensorboard", lambda v: usable or not v, "cannot fill runs/; use --no-tensorboard"
+    )
+    require(args, "checkpoint_every", lambda v: usable, "cannot fill runs/; leave it out")
     why = "cannot be made; name a new folder in a folder that exists"
-    check(args, "save_dir", lambda v: v.parent.is_dir() and os.access(v.parent, os.W_OK), why)
+    require(args, "save_dir", lambda v: v.parent.is_dir() and os.access(v.parent, os.W_OK), why)
     why = "is there already; name a new folder"
-    check(args, "save_dir", lambda v: not os.path.lexists(v), why)
+    require(args, "save_dir", lambda v: not os.path.lexists(v), why)
 
 
 # ------------------------------------------------------------------ The task: replace by your own
@@ -413,31 +418,29 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def fetch(name, *files):
-    """Path of the first of the files that the directory, or the hub's repository, has; or None."""
+def model_folder(name):
+    """The directory of that name, or the one in the cache to which the hub's files are fetched."""
     if os.path.isdir(name):
-        return next((Path(name, file) for file in files if Path(name, file).is_file()), None)
+        return Path(name)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         stop(f"--model {name}: is no directory; {OTHERWISE}")
-    from huggingface_hub import errors, hf_hub_download, logging
+    from huggingface_hub import errors, logging, snapshot_download
 
     logging.set_verbosity_error()  # what goes wrong is said below, in one line
-    unreachable = None
-    for file in files:
-        try:
-            return Path(hf_hub_download(name, file))
-        except errors.LocalEntryNotFoundError as error:
-            unreachable = error  # the hub, and the file is not in the cache; maybe the next one is
-        except errors.EntryNotFoundError:
-            continue
-        except errors.GatedRepoError:
-            stop(f"--model {name}: needs a login that may read it, hf auth login; {OTHERWISE}")
-        except errors.RepositoryNotFoundError:
-            stop(f"--model {name}: the hub has no such model; {OTHERWISE}")
-        except Exception as error:  # from the network, the hub, the disk
-            stop(f"--model {name}: {file} cannot be fetched ({first_line(error)}); {OTHERWISE}")
-    if unreachable is not None:
+    files = ["config.json", "tokenizer.json", "vocab.json", "merges.txt", "model.safetensors"]
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=files))
+        if not (folder / files[-1]).is_file():
+            snapshot_download(name, allow_patterns="pytorch_model.bin")
+        return folder
+    except errors.LocalEntryNotFoundError:
         stop(f"--model {name}: is not in the cache, and the hub does not answer; {OTHERWISE}")
+    except errors.GatedRepoError:
+        stop(f"--model {name}: needs a login that may read it, hf auth login; {OTHERWISE}")
+    except errors.RepositoryNotFoundError:
+        stop(f"--model {name}: the hub has no such model; {OTHERWISE}")
+    except Exception as error:  # from the network, the hub, the disk
+        stop(f"--model {name}: cannot be fetched ({first_line(error)}); {OTHERWISE}")
 
 
 def read_config(raw):
@@ -504,7 +507,7 @@ def convert_weights(weights, policy):
 
 def read_tokenizer(path, merges):
     """The tokenizer in tokenizer.json, or in vocab.json and merges.txt."""
-    if merges is None:
+    if not merges:
         return Tokenizer.from_file(str(path))
     tokenizer = Tokenizer(models.BPE.from_file(str(path), str(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -515,25 +518,20 @@ def read_tokenizer(path, merges):
 
 def load_gpt2(name):
     """Policy and tokenizer in a directory, or of that name on the hub, which keeps a copy here."""
-    paths = {}
-    for kind, files in (
-        ("config", ["config.json"]),
-        ("weights", ["model.safetensors", "pytorch_model.bin"]),
-        ("tokenizer", ["tokenizer.json", "vocab.json"]),
-        ("merges", ["merges.txt"]),  # beside a vocab.json
-    ):
-        if kind != "merges" or paths["tokenizer"].name == "vocab.json":
-            paths[kind] = path = fetch(name, *files)
-            if path is None:
-                stop(f"--model {name}: has no {' or '.join(files)}; {OTHERWISE}")
+    folder = model_folder(name)
+
+    def find(*files):
+        path = next((folder / file for file in files if (folder / file).is_file()), None)
+        return path or stop(f"--model {name}: has no {' or '.join(files)}; {OTHERWISE}")
+
     try:
-        path = paths["config"]
+        path = find("config.json")
         with torch.device("meta"):
             policy = GPT2(read_config(json.loads(path.read_text(encoding="utf-8"))))
-        path = paths["weights"]
+        path = find("model.safetensors", "pytorch_model.bin")
         policy.load_state_dict(convert_weights(read_weights(path), policy), assign=True)
-        path = paths["tokenizer"]
-        tokenizer = read_tokenizer(path, paths.get("merges"))
+        path = find("tokenizer.json", "vocab.json")
+        tokenizer = read_tokenizer(path, path.name == "vocab.json" and find("merges.txt"))
     except Exception as error:  # parsers of broken files raise all sorts
         stop(f"--model {name}: {path.name} is of no use ({first_line(error)}); {OTHERWISE}")
     size, rows = tokenizer.get_vocab_size(), policy.config.vocab_size
@@ -941,12 +939,12 @@ def main(args: Args) -> dict[str, float]:
     unset = {name: value for name, value in fitting.items() if getattr(args, name) is None}
     args = replace(args, **unset)
     size, part = args.batch_size, args.batch_size // args.num_minibatches
-    check(args, "total_episodes", lambda v: v >= size, f"is less than one --batch-size {size}")
-    check(args, "num_minibatches", lambda v: size % v == 0, f"must divide --batch-size {size}")
+    require(args, "total_episodes", lambda v: v >= size, f"is less than one --batch-size {size}")
+    require(args, "num_minibatches", lambda v: size % v == 0, f"must divide --batch-size {size}")
     why = f"leaves {part} responses for {processes} processes to share; choose a multiple"
-    check(args, "num_minibatches", lambda v: part % processes == 0, why)
+    require(args, "num_minibatches", lambda v: part % processes == 0, why)
     why = f"must be a multiple of the {processes} processes"
-    check(args, "eval_samples", lambda v: v % processes == 0, why)
+    require(args, "eval_samples", lambda v: v % processes == 0, why)
     groups = {}
     for name, texts in zip(("", "held_out_"), lines, strict=True):
         prompts, prompt_mask = encode_prompts(tokenizer, texts, config.bos_token_id)
@@ -1104,7 +1102,8 @@ def main(args: Args) -> dict[str, float]:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__))
+        first = int(os.environ.get("RANK", 0)) == 0  # of the processes of torchrun
+        main(tyro.cli(Args, description=__doc__, console_outputs=first))
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

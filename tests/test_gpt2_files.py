@@ -418,9 +418,10 @@ def hub(tmp_path, monkeypatch):
 
 def test_a_hub_model_is_fetched_once(hub):
     assert right(gpt2.load_gpt2(gpt2_hub.REPOSITORY))
-    assert sorted(hub.fetched()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    wanted = "config.json merges.txt model.safetensors tokenizer.json vocab.json".split()
+    assert sorted(hub.fetched()) == wanted
     assert right(gpt2.load_gpt2(gpt2_hub.REPOSITORY))
-    assert len(hub.fetched()) == 3
+    assert len(hub.fetched()) == len(wanted)
 
 
 def test_a_hub_model_in_the_cache_needs_no_hub(hub):
@@ -453,7 +454,9 @@ def test_a_gated_model(hub, capfd):
         refused(gpt2_hub.REPOSITORY, capfd, "needs a login")
 
 
-def test_the_hub_does_not_answer(hub, capfd):
+def test_the_hub_does_not_answer(hub, capfd, monkeypatch):
+    """The program ends at once: it does not try again."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("waits"))
     hub.stop()
     refused(gpt2_hub.REPOSITORY, capfd)
 
