@@ -984,8 +984,8 @@ def main(args: Args) -> dict[str, float]:
     writer = SummaryWriter(str(run), purge_step=purge) if args.tensorboard and rank == 0 else None
     num_rollouts, begin = args.total_episodes // size, time.perf_counter()
     for step in range(first, num_rollouts + 1):
-        remaining = 1 - (step - 1) / num_rollouts
-        learning_rate = args.learning_rate * min(remaining, 20 * step / num_rollouts)
+        progress = (step - 0.5) / num_rollouts
+        learning_rate = args.learning_rate * min(5 * progress, 1.25 * (1 - progress))
         for group, factor in zip(optimizer.param_groups, (1, 10), strict=True):
             group["lr"] = learning_rate * factor  # the critic starts from nothing
 
