@@ -364,17 +364,19 @@ class GPT2(nn.Module):
 
 
 # ------------------------------------------------------------------ Making, loading, saving it
-def train_tokenizer(sentences, vocab_size):
-    """A byte-level BPE as GPT-2's: every text has tokens, frequent words have one."""
-    tokenizer = Tokenizer(models.BPE())
+def byte_level_tokenizer(bpe):
+    """As GPT-2's: every text has tokens, frequent words have one."""
+    tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[EOS_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    return tokenizer
+
+
+def train_tokenizer(sentences, vocab_size):
+    """A tokenizer whose vocabulary is EOS, the 256 bytes and what the sentences hold most often."""
+    tokenizer = byte_level_tokenizer(models.BPE())
+    known = {"special_tokens": [EOS_TEXT], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **known)
     tokenizer.train_from_iterator(sentences, trainer)
     return tokenizer
 
@@ -509,9 +511,7 @@ def read_tokenizer(path, merges):
     """The tokenizer in tokenizer.json, or in vocab.json and merges.txt."""
     if not merges:
         return Tokenizer.from_file(str(path))
-    tokenizer = Tokenizer(models.BPE.from_file(str(path), str(merges)))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = byte_level_tokenizer(models.BPE.from_file(str(path), str(merges)))
     tokenizer.add_special_tokens([EOS_TEXT])
     return tokenizer
 
@@ -548,8 +548,7 @@ def save_gpt2(policy, tokenizer, directory):
     directory, config = Path(directory), policy.config
     part = directory.with_name(f"{directory.name}.{os.getpid()}.part")  # nobody else's
     described = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"} | asdict(config)
-    described |= {"n_ctx": config.n_positions, "n_inner": None, "activation_function": "gelu_new"}
-    described |= {"tie_word_embeddings": True, "dtype": "float32"}
+    described |= {"n_inner": None, "activation_function": "gelu_new", "tie_word_embeddings": True}
     described |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
     bos, eos = map(tokenizer.id_to_token, (config.bos_token_id, config.eos_token_id))
     ours = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.n_positions}
@@ -758,20 +757,17 @@ class AdaptiveKL:
 
 # ------------------------------------------------------------------ Several processes
 def share(rows):
-    """The part of the rows (of any list or tensor) that this process works on."""
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return rows[len(rows) * rank // size : len(rows) * (rank + 1) // size]
+    """The part of the rows that this process works on."""
+    return rows.chunk(dist.get_world_size())[dist.get_rank()] if dist.is_initialized() else rows
 
 
 def gather(tensor):
     """The rows of all processes, in order."""
     if tensor is None or not dist.is_initialized():
         return tensor
-    raw = tensor.contiguous()
-    raw = raw.byte() if raw.dtype == torch.bool else raw
-    parts = [torch.empty_like(raw) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, raw)
-    return torch.cat(parts).to(tensor.dtype)
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
 
 
 def add_up(tensors):
