@@ -27,6 +27,7 @@ import random
 import re
 import shutil
 import sys
+import textwrap
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
@@ -196,7 +197,7 @@ def read_prompts(path):
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        stop(f"--prompts {path}: cannot be read ({first_line(error)}); name a text file")
+        stop(f"--prompts {path}: cannot be read ({one_line(error)}); name a text file")
     lines = [line for line in lines if line]
     if not lines:
         stop(f"--prompts {path}: holds no prompt; write one a line")
@@ -415,9 +416,9 @@ def pretrain(policy, tokenizer, sentences, steps):
 OTHERWISE = "give the directory of a GPT-2, or --model embedded"
 
 
-def first_line(error):
+def one_line(error):
     """What an exception says, on one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return textwrap.shorten(str(error) or type(error).__name__, 200)
 
 
 def model_folder(name):
@@ -442,7 +443,7 @@ def model_folder(name):
     except errors.RepositoryNotFoundError:
         stop(f"--model {name}: the hub has no such model; {OTHERWISE}")
     except Exception as error:  # from the network, the hub, the disk
-        stop(f"--model {name}: cannot be fetched ({first_line(error)}); {OTHERWISE}")
+        stop(f"--model {name}: cannot be fetched ({one_line(error)}); {OTHERWISE}")
 
 
 def read_config(raw):
@@ -480,31 +481,20 @@ def read_weights(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def convert_weights(weights, policy):
-    """Hugging Face's tensors as this policy's; ValueError unless names and shapes all agree.
+def turn(weights):
+    """Weights of linear layers turned round: (out, in) here, (in, out) in Hugging Face's files."""
+    linear = re.compile(r"\.c_\w+\.weight$")
+    return {k: (x.t() if linear.search(k) else x).contiguous() for k, x in weights.items()}
 
-    Theirs hold the weights of linear layers transposed, (in, out).
-    """
-    expected, converted = policy.state_dict(), {}
-    weights = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+
+def convert_weights(weights):
+    """Hugging Face's tensors as this policy's, in float32; the policy checks names and shapes."""
+    weights = {name.removeprefix("transformer."): x.float() for name, x in weights.items()}
     head = weights.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, weights.get("wte.weight", head)):
         raise ValueError("lm_head.weight differs from wte.weight: not a tied output layer")
-    for name, tensor in weights.items():
-        if name.endswith((".attn.bias", ".attn.masked_bias")):
-            continue  # the causal mask, which old files hold too
-        if name not in expected:
-            raise ValueError(f"{name} does not belong to the GPT-2 of config.json")
-        transposed = re.search(r"\.c_\w+\.weight$", name)
-        shape = tuple(expected[name].shape)[:: -1 if transposed else 1]
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} is {tuple(tensor.shape)}, and config.json says {shape}")
-        tensor = tensor.float()  # float16 files too are trained in float32
-        converted[name] = tensor.t().contiguous() if transposed else tensor
-    missing = [name for name in expected if name not in converted]
-    if missing:
-        raise ValueError(f"{missing[0]} is missing")
-    return converted
+    masks = ".attn.bias", ".attn.masked_bias"  # the causal ones, which old files hold too
+    return turn({name: x for name, x in weights.items() if not name.endswith(masks)})
 
 
 def read_tokenizer(path, merges):
@@ -529,11 +519,11 @@ def load_gpt2(name):
         with torch.device("meta"):
             policy = GPT2(read_config(json.loads(path.read_text(encoding="utf-8"))))
         path = find("model.safetensors", "pytorch_model.bin")
-        policy.load_state_dict(convert_weights(read_weights(path), policy), assign=True)
+        policy.load_state_dict(convert_weights(read_weights(path)), assign=True)
         path = find("tokenizer.json", "vocab.json")
         tokenizer = read_tokenizer(path, path.name == "vocab.json" and find("merges.txt"))
     except Exception as error:  # parsers of broken files raise all sorts
-        stop(f"--model {name}: {path.name} is of no use ({first_line(error)}); {OTHERWISE}")
+        stop(f"--model {name}: {path.name} is of no use ({one_line(error)}); {OTHERWISE}")
     size, rows = tokenizer.get_vocab_size(), policy.config.vocab_size
     if size > rows or (size < rows and (rows % 64 or rows - size >= 128)):  # 64: padded for speed
         why = f"the tokenizer has {size} tokens, the weights have {rows}"
@@ -553,10 +543,7 @@ def save_gpt2(policy, tokenizer, directory):
     bos, eos = map(tokenizer.id_to_token, (config.bos_token_id, config.eos_token_id))
     ours = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.n_positions}
     ours |= {"bos_token": bos, "eos_token": eos, "pad_token": eos}
-    weights = {}
-    for name, tensor in policy.state_dict().items():
-        tensor = tensor.t() if re.search(r"\.c_\w+\.weight$", name) else tensor
-        weights[f"transformer.{name}"] = tensor.contiguous()
+    weights = {f"transformer.{name}": x for name, x in turn(policy.state_dict()).items()}
     try:
         part.mkdir()
         (part / "config.json").write_text(json.dumps(described, indent=2))
@@ -566,7 +553,7 @@ def save_gpt2(policy, tokenizer, directory):
         os.replace(part, directory)
     except Exception as error:  # a full disk, a folder that is in the way
         shutil.rmtree(part, ignore_errors=True)
-        stop(f"--save-dir {directory}: cannot be written ({first_line(error)}); name another")
+        stop(f"--save-dir {directory}: cannot be written ({one_line(error)}); name another")
 
 
 # ------------------------------------------------------------------ Rollout
@@ -891,7 +878,7 @@ def save_checkpoint(path, state, args):
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # a full disk
         part.unlink(missing_ok=True)
-        stop(f"--checkpoint-every: {path} cannot be written ({first_line(error)}); make room")
+        stop(f"--checkpoint-every: {path} cannot be written ({one_line(error)}); make room")
 
 
 def load_checkpoint(run):
@@ -901,7 +888,7 @@ def load_checkpoint(run):
         paths = {name: Path(value) for name, value in state["paths"].items()}
         return state, Args(**state["args"] | paths)
     except Exception as error:  # broken files raise all sorts
-        stop(f"--resume {run}: checkpoint.pt is of no use ({first_line(error)}); start anew")
+        stop(f"--resume {run}: checkpoint.pt is of no use ({one_line(error)}); start anew")
 
 
 def main(args: Args) -> dict[str, float]:

@@ -194,7 +194,7 @@ def test_broken_configs(model, capfd, content):
 )
 def test_a_config_of_another_size(model, capfd, changes):
     change_config(model, **changes)
-    refused(model, capfd, "config.json" if "n_layer" not in changes else "model.safetensors")
+    refused(model, capfd, "model.safetensors", "h." if "n_layer" in changes else "size mismatch")
 
 
 def turn(name):
@@ -217,13 +217,16 @@ def untie(weights):
 
 QKV = "transformer.h.1.attn.c_attn.weight"
 SPOILED = {
-    "turned": (turn(QKV), "h.1.attn.c_attn.weight is (96, 32)"),
+    "turned": (turn(QKV), "h.1.attn.c_attn.weight"),
     "renamed": (rename(QKV, "transformer.h.1.attn.q.weight"), "h.1.attn.q.weight"),
-    "missing": (lambda w: w.pop(QKV) is None, "h.1.attn.c_attn.weight is missing"),
+    "missing": (
+        lambda w: w.pop(QKV) is None,
+        'Missing key(s) in state_dict: "h.1.attn.c_attn.weight"',
+    ),
     "superfluous": (lambda w: w | {"h.2.ln_1.bias": torch.zeros(32)}, "h.2.ln_1.bias"),
     "untied": (untie, "lm_head.weight"),
-    "of one bias": (lambda w: w | {"transformer.ln_f.bias": torch.zeros(31)}, "ln_f.bias is (31,)"),
-    "none": (lambda w: {"x": torch.zeros(1)}, "x does not belong"),
+    "of one bias": (lambda w: w | {"transformer.ln_f.bias": torch.zeros(31)}, "ln_f.bias"),
+    "none": (lambda w: {"x": torch.zeros(1)}, "Missing key(s)"),
 }
 
 
