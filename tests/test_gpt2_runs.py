@@ -480,8 +480,22 @@ def test_resume_takes_no_other_flags(uninterrupted, capsys):
 # ---------------------------------------------------------------- Several processes
 
 
+def torchrun(*words):
+    """Two processes of the real command, with gloo."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(ROOT / "gpt2_sentiment.py"), *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_one_of_two_processes_says_what_is_wrong(tmp_path):
+    done = torchrun("--batch-size", "0")
+    assert done.returncode != 0 and done.stdout == "" and list(tmp_path.iterdir()) == []
+    assert done.stderr.count("error: --batch-size 0: must be 1 or more") == 1
+
+
 def test_two_processes_do_what_one_does(tmp_path, default_result):
-    """The real torchrun with gloo; the same batch, so the same weights but for rounding."""
+    """The same batch, so the same weights but for rounding."""
     flags = SMALL | {"reward": "composite", "ent_coef": 0.1, "whiten_rewards": False, "top_k": 60}
     run(**flags | {"save_dir": tmp_path / "one"})
     words = ["--no-tensorboard", "--save-dir", "two"]
@@ -489,10 +503,7 @@ def test_two_processes_do_what_one_does(tmp_path, default_result):
         if name not in ("tensorboard", "whiten_rewards"):
             words += [f"--{name.replace('_', '-')}", str(value)]
     words += ["--no-whiten-rewards", "--checkpoint-every", "1"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(ROOT / "gpt2_sentiment.py"), *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = torchrun(*words)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("gpt2_sentiment.py: cpu") == 1  # only one of them talks
     check_same_weights(tmp_path / "one", tmp_path / "two")
