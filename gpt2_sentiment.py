@@ -27,6 +27,7 @@ import random
 import re
 import shutil
 import sys
+import textwrap
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
@@ -83,51 +84,56 @@ class Args:
     eval_samples: int = 256  # responses of each model to training and to held-out prompts
 
 
-def check(args, flags, valid, why):
-    """End the program, status 2, with one line if a value is neither None (off) nor valid."""
+def stop(message):
+    """End the program, status 2, with one line."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(5)  # the first process speaks for all, and torchrun then ends the others
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def require(args, flags, valid, why):
+    """End the program if a value is neither None (off) nor valid."""
     for flag in flags.split():
         value = getattr(args, flag)
         if value is not None and not valid(value):
-            print(f"error: --{flag.replace('_', '-')} {value}: {why}", file=sys.stderr)
-            sys.exit(2)
-
-
-def stop(message):
-    """End the program, status 2, with one line."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+            stop(f"--{flag.replace('_', '-')} {value}: {why}")
 
 
 def check_args(args):
     if args.resume is not None:
         other = [f.name for f in fields(args) if getattr(args, f.name) != f.default]
         why = "continues with the flags it was started with; give no other"
-        check(args, "resume", lambda v: other == ["resume"], why)
+        require(args, "resume", lambda v: other == ["resume"], why)
         why = "has no checkpoint.pt; --checkpoint-every writes it to a folder in runs/"
-        check(args, "resume", lambda v: (v / "checkpoint.pt").is_file(), why)
+        require(args, "resume", lambda v: (v / "checkpoint.pt").is_file(), why)
         return
     counts = "total_episodes batch_size update_epochs num_minibatches kl_horizon response_length"
     counts += " micro_batch_size checkpoint_every"
-    check(args, counts, lambda v: v >= 1, "must be 1 or more")
+    require(args, counts, lambda v: v >= 1, "must be 1 or more")
     positive = "learning_rate max_grad_norm temperature clip_coef vf_clip_coef target_kl kl_target"
-    check(args, positive, lambda v: 0 < v < 2**63, "must be above 0, and finite")
+    require(args, positive, lambda v: 0 < v < 2**63, "must be above 0, and finite")
     amounts = "seed pretrain_steps kl_coef vf_coef ent_coef top_k"
-    check(args, amounts, lambda v: 0 <= v < 2**63, "must be 0 or more, and finite")
-    check(args, "eval_samples", lambda v: v >= 2, "must be 2 or more, for a standard error")
-    check(args, "gamma gae_lambda", lambda v: 0 <= v <= 1, "must be between 0 and 1")
-    check(args, "top_p", lambda v: 0 < v <= 1, "must be above 0 and at most 1")
+    require(args, amounts, lambda v: 0 <= v < 2**63, "must be 0 or more, and finite")
+    require(args, "eval_samples", lambda v: v >= 2, "must be 2 or more, for a standard error")
+    require(args, "gamma gae_lambda", lambda v: 0 <= v <= 1, "must be between 0 and 1")
+    require(args, "top_p", lambda v: 0 < v <= 1, "must be above 0 and at most 1")
     why = "cannot adapt --kl-coef 0; start that above 0, or give --kl-target None"
-    check(args, "kl_target", lambda v: args.kl_coef > 0, why)
-    check(args, "device", lambda v: v == "cpu" or torch.cuda.is_available(), "is not here; use cpu")
-    check(args, "bf16", lambda v: args.device == "cuda" or not v, "needs --device cuda")
+    require(args, "kl_target", lambda v: args.kl_coef > 0, why)
+    require(
+        args, "device", lambda v: v == "cpu" or torch.cuda.is_available(), "is not here; use cpu"
+    )
+    require(args, "bf16", lambda v: args.device == "cuda" or not v, "needs --device cuda")
     runs = "runs" if os.path.lexists("runs") else "."
     usable = os.path.isdir(runs) and os.access(runs, os.W_OK)
-    check(args, "tensorboard", lambda v: usable or not v, "cannot fill runs/; use --no-tensorboard")
-    check(args, "checkpoint_every", lambda v: usable, "cannot fill runs/; leave it out")
+    require(
+        args, "tensorboard", lambda v: usable or not v, "cannot fill runs/; use --no-tensorboard"
+    )
+    require(args, "checkpoint_every", lambda v: usable, "cannot fill runs/; leave it out")
     why = "cannot be made; name a new folder in a folder that exists"
-    check(args, "save_dir", lambda v: v.parent.is_dir() and os.access(v.parent, os.W_OK), why)
+    require(args, "save_dir", lambda v: v.parent.is_dir() and os.access(v.parent, os.W_OK), why)
     why = "is there already; name a new folder"
-    check(args, "save_dir", lambda v: not os.path.lexists(v), why)
+    require(args, "save_dir", lambda v: not os.path.lexists(v), why)
 
 
 # ------------------------------------------------------------------ The task: replace by your own
@@ -191,7 +197,7 @@ def read_prompts(path):
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        stop(f"--prompts {path}: cannot be read ({first_line(error)}); name a text file")
+        stop(f"--prompts {path}: cannot be read ({one_line(error)}); name a text file")
     lines = [line for line in lines if line]
     if not lines:
         stop(f"--prompts {path}: holds no prompt; write one a line")
@@ -282,8 +288,20 @@ class KVCache:
         if layer not in self.layers:
             self.layers[layer] = k.new_empty(2, *k.shape[:2], self.size, k.shape[3])
         end = self.length + k.shape[2]
-        self.layers[layer][:, :, :, self.length : end] = torch.stack([k, v])
-        return self.layers[layer][:, :, :, :end]
+        keys, values = self.layers[layer]
+        keys[:, :, self.length : end], values[:, :, self.length : end] = k, v
+        return keys[:, :, :end], values[:, :, :end]
+
+
+def linear(layer, x):
+    """Product of x (B, T, in) with the weights (out, in) of a layer, plus the bias it may have."""
+    weight, bias = layer.weight, getattr(layer, "bias", None)
+    if x.shape[1] > 1 or x.is_cuda:
+        return F.linear(x, weight, bias)
+    # A token a sequence: in pieces that fit a cache, weights are read in less time, 50,257 rows of
+    # them in two thirds of it.
+    y = torch.cat([F.linear(x, piece) for piece in weight.split(1024)], 2)
+    return y if bias is None else y + bias
 
 
 class GPT2Block(nn.Module):
@@ -300,13 +318,14 @@ class GPT2Block(nn.Module):
         self.mlp = nn.ModuleDict({"c_fc": c_fc, "c_proj": c_proj})
 
     def forward(self, x, keep, cache, layer):
-        qkv = self.attn.c_attn(self.ln_1(x)).unflatten(2, (3, self.heads, -1))
+        qkv = linear(self.attn.c_attn, self.ln_1(x)).unflatten(2, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D/H)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
-        x = x + self.attn.c_proj(mixed.transpose(1, 2).flatten(2))
-        return x + self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate="tanh"))
+        x = x + linear(self.attn.c_proj, mixed.transpose(1, 2).flatten(2))
+        hidden = F.gelu(linear(self.mlp.c_fc, self.ln_2(x)), approximate="tanh")
+        return x + linear(self.mlp.c_proj, hidden)
 
 
 class GPT2(nn.Module):
@@ -342,25 +361,23 @@ class GPT2(nn.Module):
         return self.ln_f(x)
 
     def head(self, states):
-        if states.dim() == 2 and not states.is_cuda:
-            # A few rows by 50,257 columns: in pieces that fit a cache it takes two thirds as long.
-            pieces = self.wte.weight.split(2048)
-            return torch.cat([F.linear(states, piece) for piece in pieces], 1)
-        return F.linear(states, self.wte.weight)
+        return linear(self.wte, states)
 
 
 # ------------------------------------------------------------------ Making, loading, saving it
-def train_tokenizer(sentences, vocab_size):
-    """A byte-level BPE as GPT-2's: every text has tokens, frequent words have one."""
-    tokenizer = Tokenizer(models.BPE())
+def byte_level_tokenizer(bpe):
+    """As GPT-2's: every text has tokens, frequent words have one."""
+    tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[EOS_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    return tokenizer
+
+
+def train_tokenizer(sentences, vocab_size):
+    """A tokenizer whose vocabulary is EOS, the 256 bytes and what the sentences hold most often."""
+    tokenizer = byte_level_tokenizer(models.BPE())
+    known = {"special_tokens": [EOS_TEXT], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **known)
     tokenizer.train_from_iterator(sentences, trainer)
     return tokenizer
 
@@ -399,36 +416,34 @@ def pretrain(policy, tokenizer, sentences, steps):
 OTHERWISE = "give the directory of a GPT-2, or --model embedded"
 
 
-def first_line(error):
+def one_line(error):
     """What an exception says, on one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return textwrap.shorten(str(error) or type(error).__name__, 200)
 
 
-def fetch(name, *files):
-    """Path of the first of the files that the directory, or the hub's repository, has; or None."""
+def model_folder(name):
+    """The directory of that name, or the one in the cache to which the hub's files are fetched."""
     if os.path.isdir(name):
-        return next((Path(name, file) for file in files if Path(name, file).is_file()), None)
+        return Path(name)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         stop(f"--model {name}: is no directory; {OTHERWISE}")
-    from huggingface_hub import errors, hf_hub_download, logging
+    from huggingface_hub import errors, logging, snapshot_download
 
     logging.set_verbosity_error()  # what goes wrong is said below, in one line
-    unreachable = None
-    for file in files:
-        try:
-            return Path(hf_hub_download(name, file))
-        except errors.LocalEntryNotFoundError as error:
-            unreachable = error  # the hub, and the file is not in the cache; maybe the next one is
-        except errors.EntryNotFoundError:
-            continue
-        except errors.GatedRepoError:
-            stop(f"--model {name}: needs a login that may read it, hf auth login; {OTHERWISE}")
-        except errors.RepositoryNotFoundError:
-            stop(f"--model {name}: the hub has no such model; {OTHERWISE}")
-        except Exception as error:  # from the network, the hub, the disk
-            stop(f"--model {name}: {file} cannot be fetched ({first_line(error)}); {OTHERWISE}")
-    if unreachable is not None:
+    files = ["config.json", "tokenizer.json", "vocab.json", "merges.txt", "model.safetensors"]
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=files))
+        if not (folder / files[-1]).is_file():
+            snapshot_download(name, allow_patterns="pytorch_model.bin")
+        return folder
+    except errors.LocalEntryNotFoundError:
         stop(f"--model {name}: is not in the cache, and the hub does not answer; {OTHERWISE}")
+    except errors.GatedRepoError:
+        stop(f"--model {name}: needs a login that may read it, hf auth login; {OTHERWISE}")
+    except errors.RepositoryNotFoundError:
+        stop(f"--model {name}: the hub has no such model; {OTHERWISE}")
+    except Exception as error:  # from the network, the hub, the disk
+        stop(f"--model {name}: cannot be fetched ({one_line(error)}); {OTHERWISE}")
 
 
 def read_config(raw):
@@ -466,67 +481,49 @@ def read_weights(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def convert_weights(weights, policy):
-    """Hugging Face's tensors as this policy's; ValueError unless names and shapes all agree.
+def turn(weights):
+    """Weights of linear layers turned round: (out, in) here, (in, out) in Hugging Face's files."""
+    linear = re.compile(r"\.c_\w+\.weight$")
+    return {k: (x.t() if linear.search(k) else x).contiguous() for k, x in weights.items()}
 
-    Theirs hold the weights of linear layers transposed, (in, out).
-    """
-    expected, converted = policy.state_dict(), {}
-    weights = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+
+def convert_weights(weights):
+    """Hugging Face's tensors as this policy's, in float32; the policy checks names and shapes."""
+    weights = {name.removeprefix("transformer."): x.float() for name, x in weights.items()}
     head = weights.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, weights.get("wte.weight", head)):
         raise ValueError("lm_head.weight differs from wte.weight: not a tied output layer")
-    for name, tensor in weights.items():
-        if name.endswith((".attn.bias", ".attn.masked_bias")):
-            continue  # the causal mask, which old files hold too
-        if name not in expected:
-            raise ValueError(f"{name} does not belong to the GPT-2 of config.json")
-        transposed = re.search(r"\.c_\w+\.weight$", name)
-        shape = tuple(expected[name].shape)[:: -1 if transposed else 1]
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} is {tuple(tensor.shape)}, and config.json says {shape}")
-        tensor = tensor.float()  # float16 files too are trained in float32
-        converted[name] = tensor.t().contiguous() if transposed else tensor
-    missing = [name for name in expected if name not in converted]
-    if missing:
-        raise ValueError(f"{missing[0]} is missing")
-    return converted
+    masks = ".attn.bias", ".attn.masked_bias"  # the causal ones, which old files hold too
+    return turn({name: x for name, x in weights.items() if not name.endswith(masks)})
 
 
 def read_tokenizer(path, merges):
     """The tokenizer in tokenizer.json, or in vocab.json and merges.txt."""
-    if merges is None:
+    if not merges:
         return Tokenizer.from_file(str(path))
-    tokenizer = Tokenizer(models.BPE.from_file(str(path), str(merges)))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = byte_level_tokenizer(models.BPE.from_file(str(path), str(merges)))
     tokenizer.add_special_tokens([EOS_TEXT])
     return tokenizer
 
 
 def load_gpt2(name):
     """Policy and tokenizer in a directory, or of that name on the hub, which keeps a copy here."""
-    paths = {}
-    for kind, files in (
-        ("config", ["config.json"]),
-        ("weights", ["model.safetensors", "pytorch_model.bin"]),
-        ("tokenizer", ["tokenizer.json", "vocab.json"]),
-        ("merges", ["merges.txt"]),  # beside a vocab.json
-    ):
-        if kind != "merges" or paths["tokenizer"].name == "vocab.json":
-            paths[kind] = path = fetch(name, *files)
-            if path is None:
-                stop(f"--model {name}: has no {' or '.join(files)}; {OTHERWISE}")
+    folder = model_folder(name)
+
+    def find(*files):
+        path = next((folder / file for file in files if (folder / file).is_file()), None)
+        return path or stop(f"--model {name}: has no {' or '.join(files)}; {OTHERWISE}")
+
     try:
-        path = paths["config"]
+        path = find("config.json")
         with torch.device("meta"):
             policy = GPT2(read_config(json.loads(path.read_text(encoding="utf-8"))))
-        path = paths["weights"]
-        policy.load_state_dict(convert_weights(read_weights(path), policy), assign=True)
-        path = paths["tokenizer"]
-        tokenizer = read_tokenizer(path, paths.get("merges"))
+        path = find("model.safetensors", "pytorch_model.bin")
+        policy.load_state_dict(convert_weights(read_weights(path)), assign=True)
+        path = find("tokenizer.json", "vocab.json")
+        tokenizer = read_tokenizer(path, path.name == "vocab.json" and find("merges.txt"))
     except Exception as error:  # parsers of broken files raise all sorts
-        stop(f"--model {name}: {path.name} is of no use ({first_line(error)}); {OTHERWISE}")
+        stop(f"--model {name}: {path.name} is of no use ({one_line(error)}); {OTHERWISE}")
     size, rows = tokenizer.get_vocab_size(), policy.config.vocab_size
     if size > rows or (size < rows and (rows % 64 or rows - size >= 128)):  # 64: padded for speed
         why = f"the tokenizer has {size} tokens, the weights have {rows}"
@@ -541,16 +538,12 @@ def save_gpt2(policy, tokenizer, directory):
     directory, config = Path(directory), policy.config
     part = directory.with_name(f"{directory.name}.{os.getpid()}.part")  # nobody else's
     described = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"} | asdict(config)
-    described |= {"n_ctx": config.n_positions, "n_inner": None, "activation_function": "gelu_new"}
-    described |= {"tie_word_embeddings": True, "dtype": "float32"}
+    described |= {"n_inner": None, "activation_function": "gelu_new", "tie_word_embeddings": True}
     described |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
     bos, eos = map(tokenizer.id_to_token, (config.bos_token_id, config.eos_token_id))
     ours = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.n_positions}
     ours |= {"bos_token": bos, "eos_token": eos, "pad_token": eos}
-    weights = {}
-    for name, tensor in policy.state_dict().items():
-        tensor = tensor.t() if re.search(r"\.c_\w+\.weight$", name) else tensor
-        weights[f"transformer.{name}"] = tensor.contiguous()
+    weights = {f"transformer.{name}": x for name, x in turn(policy.state_dict()).items()}
     try:
         part.mkdir()
         (part / "config.json").write_text(json.dumps(described, indent=2))
@@ -560,7 +553,7 @@ def save_gpt2(policy, tokenizer, directory):
         os.replace(part, directory)
     except Exception as error:  # a full disk, a folder that is in the way
         shutil.rmtree(part, ignore_errors=True)
-        stop(f"--save-dir {directory}: cannot be written ({first_line(error)}); name another")
+        stop(f"--save-dir {directory}: cannot be written ({one_line(error)}); name another")
 
 
 # ------------------------------------------------------------------ Rollout
@@ -617,7 +610,8 @@ def sample_responses(policy, prompts, prompt_mask, noise, temperature=1.0, top_k
     responses, allowed = [], []
     for u in noise.split(1, 1):
         states = policy(tokens, mask[:, : cache.length + tokens.shape[1]], cache)
-        logits = filter_logits(policy.head(states[:, -1]).float(), temperature, top_k, top_p)
+        logits = policy.head(states[:, -1:]).float()[:, 0]
+        logits = filter_logits(logits, temperature, top_k, top_p)
         total = logits.softmax(1).cumsum(1, dtype=torch.float64)  # (B, V)
         tokens = torch.searchsorted(total, u * total[:, -1:], right=True)  # (B, 1)
         tokens = tokens.clamp(max=logits.shape[1] - 1)  # the last, too, where all is NaN
@@ -649,15 +643,10 @@ def response_logits(policy, states, temperature, allowed):
     that is improved is the one that was made, among these tokens. The KL is then that of these
     choices, and no gradient flows through which tokens are in a set.
     """
-    logits = policy.head(states).float() / temperature
+    logits = policy.head(states / temperature).float()  # fewer numbers to divide than the logits
     if allowed is not None:
         logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
     return logits
-
-
-def token_logprobs(logits, responses):
-    """Log-probabilities (B, R) of the tokens under logits (B, R, V)."""
-    return -F.cross_entropy(logits.transpose(1, 2), responses, reduction="none")
 
 
 def masked_sum(x, mask):
@@ -755,20 +744,17 @@ class AdaptiveKL:
 
 # ------------------------------------------------------------------ Several processes
 def share(rows):
-    """The part of the rows (of any list or tensor) that this process works on."""
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return rows[len(rows) * rank // size : len(rows) * (rank + 1) // size]
+    """The part of the rows that this process works on."""
+    return rows.chunk(dist.get_world_size())[dist.get_rank()] if dist.is_initialized() else rows
 
 
 def gather(tensor):
     """The rows of all processes, in order."""
     if tensor is None or not dist.is_initialized():
         return tensor
-    raw = tensor.contiguous()
-    raw = raw.byte() if raw.dtype == torch.bool else raw
-    parts = [torch.empty_like(raw) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, raw)
-    return torch.cat(parts).to(tensor.dtype)
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
 
 
 def add_up(tensors):
@@ -840,21 +826,16 @@ def precision(args):
     return torch.autocast(args.device, torch.bfloat16, enabled=args.bf16)
 
 
-def token_entropy(logits):
-    """Entropy in nats (B, R) of each choice."""
-    logprobs = logits.log_softmax(2)
-    return -(logprobs.exp() * logprobs).sum(2)
-
-
 def assess(policy, critic, prompts, prompt_mask, responses, allowed, args):
     """Log-probabilities, values (None without a critic) and entropies of responses, (B, R)."""
     with precision(args):
         states = continuation_states(policy, prompts, prompt_mask, responses)
         values = None if critic is None else critic(states, prompts, prompt_mask, responses)
         logits = response_logits(policy, states, args.temperature, allowed)
-    logprobs = token_logprobs(logits, responses)
+    each = logits.log_softmax(2)  # (B, R, V)
+    logprobs = each.gather(2, responses[:, :, None]).squeeze(2)
     with torch.set_grad_enabled(torch.is_grad_enabled() and args.ent_coef > 0):  # or only logged
-        return logprobs, values, token_entropy(logits)
+        return logprobs, values, -(each.exp() * each).sum(2)
 
 
 @torch.no_grad()
@@ -897,7 +878,7 @@ def save_checkpoint(path, state, args):
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # a full disk
         part.unlink(missing_ok=True)
-        stop(f"--checkpoint-every: {path} cannot be written ({first_line(error)}); make room")
+        stop(f"--checkpoint-every: {path} cannot be written ({one_line(error)}); make room")
 
 
 def load_checkpoint(run):
@@ -907,7 +888,7 @@ def load_checkpoint(run):
         paths = {name: Path(value) for name, value in state["paths"].items()}
         return state, Args(**state["args"] | paths)
     except Exception as error:  # broken files raise all sorts
-        stop(f"--resume {run}: checkpoint.pt is of no use ({first_line(error)}); start anew")
+        stop(f"--resume {run}: checkpoint.pt is of no use ({one_line(error)}); start anew")
 
 
 def main(args: Args) -> dict[str, float]:
@@ -941,12 +922,12 @@ def main(args: Args) -> dict[str, float]:
     unset = {name: value for name, value in fitting.items() if getattr(args, name) is None}
     args = replace(args, **unset)
     size, part = args.batch_size, args.batch_size // args.num_minibatches
-    check(args, "total_episodes", lambda v: v >= size, f"is less than one --batch-size {size}")
-    check(args, "num_minibatches", lambda v: size % v == 0, f"must divide --batch-size {size}")
+    require(args, "total_episodes", lambda v: v >= size, f"is less than one --batch-size {size}")
+    require(args, "num_minibatches", lambda v: size % v == 0, f"must divide --batch-size {size}")
     why = f"leaves {part} responses for {processes} processes to share; choose a multiple"
-    check(args, "num_minibatches", lambda v: part % processes == 0, why)
+    require(args, "num_minibatches", lambda v: part % processes == 0, why)
     why = f"must be a multiple of the {processes} processes"
-    check(args, "eval_samples", lambda v: v % processes == 0, why)
+    require(args, "eval_samples", lambda v: v % processes == 0, why)
     groups = {}
     for name, texts in zip(("", "held_out_"), lines, strict=True):
         prompts, prompt_mask = encode_prompts(tokenizer, texts, config.bos_token_id)
@@ -986,8 +967,8 @@ def main(args: Args) -> dict[str, float]:
     writer = SummaryWriter(str(run), purge_step=purge) if args.tensorboard and rank == 0 else None
     num_rollouts, begin = args.total_episodes // size, time.perf_counter()
     for step in range(first, num_rollouts + 1):
-        remaining = 1 - (step - 1) / num_rollouts
-        learning_rate = args.learning_rate * min(remaining, 20 * step / num_rollouts)
+        progress = (step - 0.5) / num_rollouts
+        learning_rate = args.learning_rate * min(5 * progress, 1.25 * (1 - progress))
         for group, factor in zip(optimizer.param_groups, (1, 10), strict=True):
             group["lr"] = learning_rate * factor  # the critic starts from nothing
 
@@ -1104,7 +1085,8 @@ def main(args: Args) -> dict[str, float]:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__))
+        first = int(os.environ.get("RANK", 0)) == 0  # of the processes of torchrun
+        main(tyro.cli(Args, description=__doc__, console_outputs=first))
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

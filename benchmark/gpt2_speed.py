@@ -5,7 +5,10 @@
 
 Generation beside transformers' generate in the same run, where transformers can be imported; then
 one PPO iteration in its parts, beside the time that its matrix products alone would take at the
-speed of the two matrix products that a GPT-2 spends most of its time in.
+speed of the two matrix products that a GPT-2 spends most of its time in, and beside the iteration
+of TRL's former PPOTrainer, where that can be imported:
+
+    pip install trl==0.11.4 transformers==4.45.2 rich
 """
 
 import argparse
@@ -19,6 +22,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import gpt2_sentiment as gpt2
+
+TRAINING = {"learning_rate": 1e-6, "max_grad_norm": 1.0}
 
 
 def seconds(work, turns, device):
@@ -43,7 +48,7 @@ def matrix_speed(device, dtype, turns):
     return flop / seconds(lambda: [x @ w.T for x, w in work], 3 * turns, device)
 
 
-def tokens_a_second(policy, args):
+def tokens_a_second(policy, folder, args):
     """Of ours and of transformers' generate, 16 prompts of 5 tokens and 48 new ones each."""
     prompts = torch.randint(50257, (16, 5), device=args.device)
     real, noise = torch.ones_like(prompts, dtype=torch.bool), torch.rand(16, 48).double()
@@ -60,12 +65,7 @@ def tokens_a_second(policy, args):
     except ImportError:
         theirs = None
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer = gpt2.train_tokenizer(["any"], 300)
-            policy.config.eos_token_id = 0
-            gpt2.save_gpt2(policy, tokenizer, Path(folder, "gpt2"))
-            other = GPT2LMHeadModel.from_pretrained(Path(folder, "gpt2")).to(args.device)
-            policy.config.eos_token_id = -1
+        other = GPT2LMHeadModel.from_pretrained(folder).to(args.device)
         tokens = torch.randint(50257, (2, 20), device=args.device)
         with torch.no_grad():
             gap = (other(tokens).logits - policy.head(policy(tokens))).abs().max().item()
@@ -94,7 +94,28 @@ def tokens_a_second(policy, args):
     policy.config.eos_token_id = 0
 
 
-def iteration(policy, args):
+def trl_iteration(folder, prompts, args):
+    """The two parts of an iteration of the PPOTrainer that TRL had up to 0.11; {} without it."""
+    try:
+        from transformers import AutoTokenizer
+        from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+
+        config = PPOConfig(batch_size=16, mini_batch_size=16, ppo_epochs=4, **TRAINING)
+    except (ImportError, RuntimeError, TypeError):  # no trl, or one of another time
+        return {}
+    model, reference = (AutoModelForCausalLMWithValueHead.from_pretrained(folder) for _ in "12")
+    trainer = PPOTrainer(config, model, reference, AutoTokenizer.from_pretrained(folder))
+    made, prompts, scores = {}, list(prompts), list(torch.zeros(16))
+    length = {"min_new_tokens": 15, "max_new_tokens": 15}
+    drawn = {"do_sample": True, "top_k": 0, "pad_token_id": 0, "return_prompt": False}
+
+    def generation():
+        made["y"] = trainer.generate(prompts, batch_size=16, **length, **drawn)
+
+    return {"generate": generation, "step": lambda: trainer.step(prompts, made["y"], scores)}
+
+
+def iteration(policy, folder, args):
     """Seconds of generation, scoring and update of one PPO iteration: its tokens and passes."""
     reference = gpt2.copy.deepcopy(policy).requires_grad_(False)
     critic = gpt2.Critic(policy, separate=False).to(args.device)
@@ -112,24 +133,30 @@ def iteration(policy, args):
     @torch.no_grad()
     def scoring():
         made["old"], made["v"], _ = gpt2.assess(policy, critic, x, real, made["y"], None, args)
-        gpt2.assess(reference, None, x, real, made["y"], None, args)
+        ref, _, _ = gpt2.assess(reference, None, x, real, made["y"], None, args)
+        kl, scores = gpt2.kl_estimate(made["old"], ref, "k1"), torch.zeros_like(ref[:, 0])
+        rewards = gpt2.token_rewards(scores, kl, mask, 0.2)
+        made["adv"], made["ret"] = gpt2.compute_gae(rewards, made["v"], mask, 1.0, 0.95)
 
     def update():
         for _ in range(4):
             optimizer.zero_grad()
             logprobs, values, _ = gpt2.assess(policy, critic, x, real, made["y"], None, args)
-            advantages = torch.ones_like(logprobs)
+            advantages = gpt2.whiten(made["adv"], mask)
             loss, _ = gpt2.policy_loss(logprobs, made["old"], advantages, mask, 0.2)
-            loss = loss + 0.1 * gpt2.value_loss(values, made["v"], advantages, mask, 0.2)
+            loss = loss + 0.1 * gpt2.value_loss(values, made["v"], made["ret"], mask, 0.2)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
 
-    parts = {work.__name__: [] for work in (generation, scoring, update)}
-    for _ in range(args.turns + 1):  # the first turn makes the optimizer's state
-        for work in (generation, scoring, update):
-            parts[work.__name__].append(seconds(work, 1, args.device))
-    parts = {name: min(times[1:]) for name, times in parts.items()}
+    works = {"generation": generation, "scoring": scoring, "update": update}
+    theirs = trl_iteration(folder, x, args) if args.device == "cpu" else {}
+    times = {name: [] for name in works | theirs}
+    for _ in range(args.turns + 1):  # the first turn makes the optimizers' states
+        for name, work in (works | theirs).items():
+            times[name].append(seconds(work, 1, args.device))
+    times = {name: min(turns[1:]) for name, turns in times.items()}
+    parts = {name: times[name] for name in works}
 
     # Weights times rows: 85M in the blocks at 19 positions, 39M in the output layer at 15.
     blocks = sum(p.numel() for p in policy.h.parameters() if p.dim() == 2)
@@ -145,6 +172,10 @@ def iteration(policy, args):
         print(
             f"| {name} | {took:.2f} | {flop[name] / 1e9:.0f} | {ideal:.2f} | {took / ideal:.2f} |"
         )
+    if theirs:
+        generate, step = times["generate"], times["step"]
+        print(f"| TRL's generate and step | {generate:.2f} + {step:.2f} = {generate + step:.2f} |")
+        print(f"\nTRL's iteration takes {(generate + step) / parts['whole']:.2f} times as long")
 
 
 def main():
@@ -161,8 +192,11 @@ def main():
     for parameter in policy.parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.02)
-    tokens_a_second(policy, args)
-    iteration(policy, args)
+    with tempfile.TemporaryDirectory() as parent:
+        folder = f"{parent}/gpt2"
+        gpt2.save_gpt2(policy, gpt2.train_tokenizer(["any"], 300), folder)
+        tokens_a_second(policy, folder, args)
+        iteration(policy, folder, args)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     if args.device == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**30

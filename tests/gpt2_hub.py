@@ -3,9 +3,10 @@
 import contextlib
 import hashlib
 import http.server
+import json
 import threading
 
-REPOSITORY = "someone/tiny"
+REPOSITORY, COMMIT = "someone/tiny", "0" * 40
 
 
 class Hub:
@@ -29,20 +30,29 @@ class Hub:
 
     def answer(self, request):
         self.requests.append((request.command, request.path))
-        start = f"/{REPOSITORY}/resolve/main/"
         status, code, body = 200, None, b""
-        if not request.path.startswith(f"/{REPOSITORY}/"):
+        before, found, after = request.path.partition(REPOSITORY)
+        file = after.removeprefix(f"/resolve/{COMMIT}/")
+        if not found:
             status, code = 404, "RepoNotFound"
         elif self.error is not None:
             status, code = self.error
-        elif request.path.removeprefix(start) not in self.files:
-            status, code = 404, "EntryNotFound"
+        elif before == "/api/models/" and after.startswith("/tree/"):
+            entries = [{"path": name, "size": len(x)} for name, x in self.files.items()]
+            body = json.dumps(
+                [{"type": "file", "oid": COMMIT} | entry for entry in entries]
+            ).encode()
+        elif before == "/api/models/":  # older versions of huggingface_hub read the names here
+            siblings = [{"rfilename": name} for name in self.files]
+            body = json.dumps({"id": REPOSITORY, "sha": COMMIT, "siblings": siblings}).encode()
+        elif file in self.files:
+            body = self.files[file]
         else:
-            body = self.files[request.path.removeprefix(start)]
+            status, code = 404, "EntryNotFound"
         request.send_response(status)
         if code is not None:
             request.send_header("X-Error-Code", code)
-        request.send_header("X-Repo-Commit", "0" * 40)
+        request.send_header("X-Repo-Commit", COMMIT)
         request.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
         request.send_header("Content-Length", str(len(body)))
         request.end_headers()
@@ -51,10 +61,8 @@ class Hub:
 
     def fetched(self):
         """Names of the files whose contents were asked for."""
-        asked = [
-            path.split("/resolve/main/") for command, path in self.requests if command == "GET"
-        ]
-        return [parts[1] for parts in asked if len(parts) == 2]
+        asked = [path for command, path in self.requests if command == "GET"]
+        return [path.split("/")[-1] for path in asked if "/resolve/" in path]
 
     @contextlib.contextmanager
     def running(self):

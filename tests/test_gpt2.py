@@ -169,15 +169,6 @@ def test_ties_keep_no_more_than_k():
     assert ((gpt2.filter_logits(torch.zeros(1, 10), 1.0, 0, 0.35).softmax(1) > 0).sum(1) == 4).all()
 
 
-def test_entropy_of_filtered_logits_is_finite_in_value_and_gradient():
-    values = torch.randn(2, 3, 9, requires_grad=True)
-    entropy = gpt2.token_entropy(gpt2.filter_logits(values, 1.0, 3, 0.9))
-    entropy.sum().backward()
-    assert entropy.isfinite().all() and values.grad.isfinite().all()
-    right = gpt2.token_entropy(torch.zeros(1, 1, 8))
-    assert right.item() == pytest.approx(math.log(8))
-
-
 FEW = [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.5, 6, 1.0), (1.2, 0, 0.6), (1.3, 9, 0.8)]
 
 
@@ -196,20 +187,23 @@ def test_tokens_are_drawn_as_often_as_their_probability_says(policy, choice):
 
 
 @pytest.mark.parametrize("choice", FEW)
-def test_logprobs_and_sets_are_those_of_the_oracle(policy, choice):
+def test_logprobs_entropies_and_sets_are_those_of_the_oracle(policy, choice):
     """Sampled through the cache in a padded batch, scored in one pass: both as one row alone."""
     temperature, top_k, top_p = choice
     responses, allowed = gpt2.sample_responses(policy, TOKENS, MASK, uniform(5, 4), *choice)
     assert (allowed is None) == (top_k == 0 and top_p == 1)
     states = gpt2.continuation_states(policy, TOKENS, MASK, responses)
     logits = gpt2.response_logits(policy, states, temperature, allowed)
-    logprobs = gpt2.token_logprobs(logits, responses)
+    args = gpt2.Args(temperature=temperature)
+    logprobs, _, entropy = gpt2.assess(policy, None, TOKENS, MASK, responses, allowed, args)
     for i in (1, 3):  # the oracle is slow
         ids = TOKENS[i][MASK[i]].tolist()
         values = oracle.logits(WEIGHTS, CONFIG, ids + responses[i].tolist())
         for t, token in enumerate(responses[i].tolist()):
             probs = oracle.distribution(values[len(ids) + t - 1].tolist(), *choice)
             assert logprobs[i, t].item() == pytest.approx(math.log(probs[token]), abs=1e-4)
+            exact = -sum(p * math.log(p) for p in probs if p > 0)
+            assert entropy[i, t].item() == pytest.approx(exact, abs=1e-4)
             close(logits[i, t].softmax(0), torch.tensor(probs))
             if allowed is not None:
                 assert allowed[i, t].tolist() == [p > 0 for p in probs]
@@ -233,9 +227,9 @@ def test_the_ends_of_the_noise_draw_tokens_that_can_be_drawn(policy, choice, u):
     assert ((responses >= 0) & (responses < 300)).all()
     if allowed is not None:
         assert allowed.gather(2, responses[:, :, None]).all()
-    states = gpt2.continuation_states(policy, TOKENS, MASK, responses)
-    logits = gpt2.response_logits(policy, states, choice[0], allowed)
-    assert (gpt2.token_logprobs(logits, responses) > -50).all()
+    args = gpt2.Args(temperature=choice[0])
+    logprobs, *_ = gpt2.assess(policy, None, TOKENS, MASK, responses, allowed, args)
+    assert (logprobs > -50).all()
 
 
 def test_a_response_does_not_depend_on_the_other_rows(policy):
