@@ -91,6 +91,29 @@ def reward_model_table(results):
     return "\n".join([*lines, "", where(results, present)])
 
 
+def gpt2_table(results):
+    result = results["gpt2_sentiment"]
+    lines = [
+        "| prompts | reward before | after | KL, nats | win rate | distinct-2 | repetition |",
+        "|-|-|-|-|-|-|-|",
+    ]
+    for title, group in ("training", ""), ("held out", "held_out_"):
+        before, after, kl = (
+            spread(column(result, group + name), 1) for name in ("reward_before", "reward", "kl")
+        )
+        changes = [
+            f"{mean(column(result, f'{group}{name}_before')):.2f} → "
+            f"{mean(column(result, group + name)):.2f}"
+            for name in ("distinct_2", "repetition")
+        ]
+        wins = f"{mean(column(result, group + 'win_rate')):.2f}"
+        lines.append(f"| {' | '.join([title, before, after, kl, wins, *changes])} |")
+    lines = "\n".join([*lines, "", where(results, ["gpt2_sentiment"])])
+    output = result["output"]
+    first = next(i for i, line in enumerate(output) if line.endswith(" ..."))
+    return "\n".join([lines, "", "```", *output[first : first + 6], "```"])
+
+
 def digits_table(results):
     import digits_sum20 as digits
 
@@ -123,7 +146,7 @@ def ppo_output(results):
 
 
 TABLES = {"output": ppo_output, "scripts": scripts_table, "digits": digits_table}
-TABLES["reward_model"] = reward_model_table
+TABLES |= {"reward_model": reward_model_table, "gpt2": gpt2_table}
 
 
 def render(readme):
