@@ -53,7 +53,8 @@ def gradient(loss, logits):
 
 def rl_loss(logits, *samples):
     logprobs = logits.log_softmax(1)
-    return digits.rl_loss(logprobs, logprobs.exp(), *samples)[0]
+    policy = logprobs.detach()
+    return -(digits.rl_credit(policy, policy.exp(), *samples) * logprobs).sum()
 
 
 def flags(method, **given):
@@ -71,7 +72,7 @@ def trained(method, epochs=20, **given):
     torch.manual_seed(args.seed)
     model = digits.make_model(args.hidden_dim)
     knobs = digits.choose_knobs(args, method)
-    for _ in digits.train(model, digits.make_prompts()[0], knobs, epochs):
+    for _ in digits.train(model, digits.split_prompts()[0], knobs, epochs):
         pass
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
@@ -80,7 +81,7 @@ def trained(method, epochs=20, **given):
 
 
 def test_prompts_are_split_and_complete():
-    train, held_out = (list(map(tuple, prompts.tolist())) for prompts in digits.make_prompts())
+    train, held_out = (list(map(tuple, prompts.tolist())) for prompts in digits.split_prompts())
     solvable = [p for p in itertools.product(range(10), repeat=3) if answers_to(p)]
     assert len(train) == 729 and len(held_out) == 183
     assert not set(train) & set(held_out)
@@ -89,7 +90,7 @@ def test_prompts_are_split_and_complete():
 
 def test_held_out_prompts_are_never_trained_on(monkeypatch):
     """Whatever the row, only training prompts go through the network with a gradient."""
-    train, held_out = (digits.one_hot(prompts) for prompts in digits.make_prompts())
+    train, held_out = (digits.one_hot(prompts) for prompts in digits.split_prompts())
     train, held_out = ({tuple(row) for row in prompts.tolist()} for prompts in (train, held_out))
     make_model, seen = digits.make_model, []
 
@@ -109,10 +110,26 @@ def test_held_out_prompts_are_never_trained_on(monkeypatch):
         assert trained_on == train and not trained_on & held_out, method
 
 
+def test_split_is_that_of_the_post():
+    """Made as the post makes it; the losses that it printed for the first step of SL come out."""
+    random.seed(-1)
+    inputs = list({p for p in itertools.product(range(10), repeat=3) if answers_to(p)})
+    random.shuffle(inputs)
+    train, held_out = digits.split_prompts()
+    assert set(map(tuple, train.tolist())) == set(inputs[:729])
+    torch.manual_seed(-1)
+    model = digits.make_model(64)
+    steps = digits.train(model, train, digits.METHODS["sl"], 10_000)
+    before = digits.measure(model, train)["cross_entropy"]
+    next(steps)
+    after = digits.measure(model, held_out)["cross_entropy"]
+    assert (before, after) == pytest.approx((4.6133, 4.6015), abs=1e-4)
+
+
 def test_seed_does_not_move_the_split():
-    before = digits.make_prompts()
+    before = digits.split_prompts()
     random.seed(5), torch.manual_seed(5)
-    assert all(map(torch.equal, before, digits.make_prompts()))
+    assert all(map(torch.equal, before, digits.split_prompts()))
 
 
 def test_answer_sums_and_inputs():
@@ -144,17 +161,16 @@ def test_rewards_as_printed_in_the_post():
 
 
 def test_sl_loss_is_cross_entropy_over_all_rows():
-    train, _ = digits.make_prompts()
+    train, _ = digits.split_prompts()
     rows = [(i, a) for i, prompt in enumerate(train.tolist()) for a in answers_to(prompt)]
     logits = torch.randn(729, 100, dtype=torch.float64, requires_grad=True)
     index, labels = torch.tensor(rows).T
     expected = F.cross_entropy(logits[index], labels)
 
     valid = digits.answer_sums(train) == 20
-    loss, metrics = digits.sl_loss(logits.log_softmax(1), valid / valid.sum())
-    assert len(rows) == valid.sum() > 4000
+    loss = -(valid / valid.sum() * logits.log_softmax(1)).sum()
+    assert len(rows) == valid.sum() == 4504
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
-    assert metrics["sl_loss"].item() == loss.item() and not metrics["sl_loss"].requires_grad
     exact = gradient(expected, logits)
     assert (gradient(loss, logits) - exact).abs().max() < 1e-6 * exact.abs().max()
 
@@ -266,7 +282,7 @@ def test_sl_training_is_the_plain_loop_over_rows(method):
     torch.manual_seed(1)
     model = torch.nn.Sequential(torch.nn.Linear(30, 64), torch.nn.ReLU(), torch.nn.Linear(64, 100))
     model.double()
-    rows = [(p, a) for p in digits.make_prompts()[0].tolist() for a in answers_to(p)]
+    rows = [(p, a) for p in digits.split_prompts()[0].tolist() for a in answers_to(p)]
     inputs = torch.zeros(len(rows), 30, dtype=torch.float64)
     for i, (prompt, _) in enumerate(rows):
         inputs[i, [10 * place + digit for place, digit in enumerate(prompt)]] = 1
@@ -286,7 +302,7 @@ def test_rl_training_is_the_plain_loop_over_rows(monkeypatch):
     knobs = digits.METHODS["joint"] | {"reward": "sharp", "baseline": "batch-mean"}
     knobs |= {"samples_per_prompt": 0, "weight_decay": 0.01, "sl_coef": 0.5, "sl_coef_final": 0.1}
     knobs |= {"ent_coef": 0.2, "ent_coef_final": 0.1, "learning_rate_final": 0.005}
-    prompts = digits.make_prompts()[0].tolist()
+    prompts = digits.split_prompts()[0].tolist()
     rows = [(i, a) for i, p in enumerate(prompts) for a in answers_to(p)]
     index = torch.tensor([i for i, _ in rows])
     labels = torch.tensor([a for _, a in rows])
@@ -298,7 +314,7 @@ def test_rl_training_is_the_plain_loop_over_rows(monkeypatch):
     model = digits.make_model(16)
     model.load_state_dict(actual.state_dict())
     model.double()
-    list(digits.train(actual, digits.make_prompts()[0], knobs, 8))
+    list(digits.train(actual, digits.split_prompts()[0], knobs, 8))
 
     inputs = digits.one_hot(torch.tensor(prompts))[index].double()
     optimizer = torch.optim.Adam(model.parameters(), weight_decay=0.01)
@@ -331,9 +347,9 @@ def test_rl_samples_from_the_policy_itself(monkeypatch):
     monkeypatch.setattr(
         digits, "sample_actions", lambda p, u: seen.append((p, u)) or sample_actions(p, u)
     )
-    steps = digits.train(model, digits.make_prompts()[0], digits.METHODS["rl"], 2)
+    steps = digits.train(model, digits.split_prompts()[0], digits.METHODS["rl"], 2)
     for _ in range(2):
-        inputs = digits.one_hot(digits.make_prompts()[0])
+        inputs = digits.one_hot(digits.split_prompts()[0])
         expected = model(inputs).softmax(1).detach()
         next(steps)
         probs, uniforms = seen[-1]
@@ -342,17 +358,19 @@ def test_rl_samples_from_the_policy_itself(monkeypatch):
     assert not torch.equal(seen[0][1], seen[1][1])
 
 
-def test_greedy_results():
+def test_measure():
     model = digits.make_model(8)
-    prompts, _ = digits.make_prompts()
+    prompts, _ = digits.split_prompts()
     prompts = prompts[:60]
-    right, distinct, losses = 0, set(), []
+    right, distinct, losses, entropy = 0, set(), [], 0.0
     for prompt in prompts.tolist():
         logits = model(digits.one_hot(torch.tensor([prompt])))[0]
         right += logits.argmax().item() in answers_to(prompt)
         distinct.add(logits.argmax().item())
         losses += [-logits.log_softmax(0)[a].item() for a in answers_to(prompt)]
-    found = digits.greedy_results(model, prompts)
+        entropy += torch.distributions.Categorical(logits=logits).entropy().item() / 60
+    found = digits.measure(model, prompts)
+    assert found["entropy"] == pytest.approx(entropy, rel=1e-5)
     assert found["accuracy"] == pytest.approx(right / 60)
     assert found["distinct"] == len(distinct)
     assert found["cross_entropy"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
@@ -371,7 +389,7 @@ def short_runs():
 def test_rl_collapses_and_entropy_prevents_it(short_runs):
     for collapsed, lively in zip(short_runs["rl"], short_runs["rl-entropy"], strict=True):
         assert collapsed["eval/distinct"] <= 8 and lively["eval/distinct"] >= 40
-        assert collapsed["losses/entropy"] < 0.5 < lively["losses/entropy"]
+        assert collapsed["train/entropy"] < 0.5 < lively["train/entropy"]
         assert collapsed["train/accuracy"] < 0.4 and lively["train/accuracy"] > 0.85
 
 
@@ -599,9 +617,7 @@ def test_curves(tmp_path):
     events = EventAccumulator(str(folder)).Reload()
     tags = events.Tags()["scalars"]
     for seed in (1, 2):
-        for name in ("policy_loss", "entropy", "sl_loss"):
-            assert f"losses/{name}/joint-{seed}" in tags
-        for name in ("accuracy", "distinct", "cross_entropy"):
+        for name in ("accuracy", "distinct", "cross_entropy", "entropy"):
             assert f"train/{name}/joint-{seed}" in tags and f"eval/{name}/joint-{seed}" in tags
     steps = [point.step for point in events.Scalars("eval/accuracy/joint-1")]
     assert steps == [*range(0, 200, 2), 199]
