@@ -1,18 +1,17 @@
 """Imitation against trial and error, on the smallest task where RL's failures and cures all show.
 
 Three digits are given; a network with one hidden layer answers with one of the 100 digit pairs, so
-that all five sum to 20. What counts is its greedy answer to prompts it was never trained on. Task
-and first seven rows are those of the post "Reinforcement Learning" of Tommy's Blog.
+that all five sum to 20. What counts is its greedy answer to prompts it was never trained on. Task,
+split and first seven rows are those of the post "Reinforcement Learning" of Tommy's Blog. The loss
+is -sum(credit · log π(answer | prompt)) in all rows; what differs is which answers get credit.
 
-* Supervised learning (SL) imitates: cross-entropy with every right answer. It learns the training
+* Supervised learning (SL) imitates: all right answers get the same. It learns the training
   prompts by heart; weight decay makes it generalise.
-* Reinforcement learning (RL) samples answers and reinforces those that were paid for:
-
-      loss = -E[(reward - baseline) · log π(answer | prompt)] - ent_coef · entropy(π)
-
-  Paid only for right answers it collapses: what is sampled is reinforced, so is sampled more. The
-  entropy bonus keeps other answers alive. Pay for near misses ("distance") teaches from the first
-  epoch on, but settles for them; a sharper reward does not. SL then RL starts where pay is common.
+* Reinforcement learning (RL) tries: sampled answers get reward - baseline, and all answers a bonus
+  of ent_coef · π · -log π. Paid only for right answers it collapses: what is sampled is reinforced,
+  so is sampled more. The bonus keeps other answers alive. Pay for near misses ("distance") teaches
+  from the first epoch on, but settles for them; a sharper reward does not. SL then RL starts where
+  pay is common.
 * Beyond the post, RL that generalises almost perfectly without a label ("rl-improved"). The loss is
   least for π ∝ exp(reward / ent_coef). With a reward that is a parabola in the sum, those logits
   are linear in the prompt (its square is the same for all answers and cancels): the easiest thing
@@ -20,7 +19,7 @@ and first seven rows are those of the post "Reinforcement Learning" of Tommy's B
   (a baseline, a learning rate that falls to 0) and the bonus must fade in the end. Labels beside
   it ("joint") are followed early, then faded: imitation to the last would learn by heart again.
 
-    python digits_sum20.py                               # the whole ladder, in about 2 minutes
+    python digits_sum20.py                               # the whole ladder
     python digits_sum20.py --num-seeds 10                # mean ± standard deviation
     python digits_sum20.py --method rl --ent-coef 0.05   # one row, with a knob turned
 """
@@ -36,7 +35,7 @@ import random
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain, product
 from typing import Literal
 
@@ -104,8 +103,8 @@ def check(args, flags, valid, why):
 
 def choose_knobs(args, method):
     """The values of a row's knobs: its own, replaced by the flags that were given."""
-    given = {flag: getattr(args, flag) for flag in METHODS[method]}
-    return METHODS[method] | {flag: value for flag, value in given.items() if value is not None}
+    own = METHODS.get(method, {})
+    return own | {flag: getattr(args, flag) for flag in own if getattr(args, flag) is not None}
 
 
 def check_args(args):
@@ -115,15 +114,14 @@ def check_args(args):
         check(args, flag, lambda v, readers=readers: args.method in readers, why)
     check(args, "num_seeds epochs hidden_dim", lambda v: v >= 1, "must be 1 or more")
     check(args, "learning_rate", lambda v: 0 < v < 2**63, "must be above 0, and finite")
+    check(args, "sft_fraction", lambda v: 0 <= v < 1, "must be 0 or more, and below 1 to leave RL")
     amounts = "seed learning_rate_final weight_decay ent_coef ent_coef_final samples_per_prompt"
     amounts += " sl_coef sl_coef_final"
     check(args, amounts, lambda v: 0 <= v < 2**63, "must be 0 or more, and finite")
-    why = "must be at least 0 and below 1, or no RL is left"
-    check(args, "sft_fraction", lambda v: 0 <= v < 1, why)
-    knobs = choose_knobs(args, args.method) if args.method in METHODS else {}
-    bad = knobs.get("baseline") == "rloo" and knobs["samples_per_prompt"] < 2
-    why = "--baseline rloo needs --samples-per-prompt 2 or more"
-    check(args, "samples_per_prompt baseline", lambda v: not bad, why)
+    knobs = choose_knobs(args, args.method)
+    if knobs.get("baseline") == "rloo":
+        enough, why = knobs["samples_per_prompt"] > 1, "rloo needs --samples-per-prompt 2 or more"
+        check(args, "samples_per_prompt baseline", lambda v: enough, why)
     runs = "runs" if os.path.lexists("runs") else "."
     usable = os.path.isdir(runs) and os.access(runs, os.W_OK)
     check(args, "tensorboard", lambda v: usable or not v, "cannot fill runs/; use --no-tensorboard")
@@ -178,8 +176,7 @@ def make_model(hidden_dim):
 def sample_actions(probs, uniforms):
     """Answers (N, M) at the given quantiles (N, M) of each prompt's distribution (N, A).
 
-    A cumulative table made once a prompt serves all of its samples. torch.multinomial, with one
-    sample a row, would cost several times as much as the rest of the epoch.
+    torch.multinomial, with one sample a row, would take longer than all the rest of the epoch.
     """
     cumulative = probs.cumsum(1)
     quantiles = uniforms * cumulative[:, -1:]  # the last entry is 1 only up to rounding
@@ -187,16 +184,15 @@ def sample_actions(probs, uniforms):
 
 
 # ------------------------------------------------------------------ Who gets the credit
-# The loss is one cross-entropy, -(credit * logprobs).sum(), for SL and RL alike. The post trains on
-# rows, one for each right answer to each prompt. Rows of a prompt have the same logits, so 4,504
-# rows are 729 prompts with weights: the same loss for a sixth of the work.
+# The post trains on 4,504 rows, one for each right answer to a prompt. Those of a prompt have the
+# same logits, so 729 prompts with weights give the same loss for a sixth of the work.
 
 
 def sample_weights(valid, samples_per_prompt):
     """Share of each sample in the mean over all, 0 for a slot not in use: (N, A) to (N, M).
 
-    valid is true for right answers. In the post, a prompt is sampled as often as it has right
-    answers (0); but that number is a label of sorts. RL by itself treats all prompts alike.
+    With 0, as in the post, a prompt has as many samples as right answers (where valid is true).
+    That number is a label of sorts; RL by itself treats all prompts alike.
     """
     counts = valid.sum(1, keepdim=True)
     if samples_per_prompt:
@@ -218,10 +214,9 @@ def compute_advantages(rewards, weights, baseline):
 
 
 def rl_credit(logprobs, probs, actions, advantages, weights, ent_coef):
-    """REINFORCE with an entropy bonus: credit (N, A) for actions and advantages (N, M).
+    """REINFORCE with an entropy bonus. logprobs, probs: (N, A), as is the credit; others (N, M).
 
-    An answer's share in the entropy is its probability times -log π. To pay for that is to add
-    ent_coef times the gradient of the entropy, as log π changes by 0 on average.
+    The gradient of the entropy is that of paying -log π, as log π changes by 0 on average.
     """
     bonus = logprobs * probs * (-ent_coef * weights.sum(1, keepdim=True))
     return bonus.scatter_add_(1, actions, weights * advantages)
@@ -289,21 +284,19 @@ def print_predictions(model, prompts):
 
 def print_results(results):
     """Means over seeds ± standard deviation; a star marks a figure of the post out of our range."""
-
-    def cell(values):
-        std = f" ± {statistics.stdev(values):4.1f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.1f}{std}".rjust(13)
-
-    heads = ("row", "train %", "held-out %", "range", "distinct", "seconds", "post %")
+    heads = ("row", "train %", "held-out %", "distinct", "range", "seconds", "post %")
     print("\n{:16}{:>13}{:>13}{:>13}{:>13}{:>9}{:>9}".format(*heads))
     for method, runs in results.items():
-        column = {name: [run[name] for run in runs] for name in runs[0]}
-        train, held_out = ([100 * v for v in column[f"{on}/accuracy"]] for on in ("train", "eval"))
-        low, high, post = min(held_out), max(held_out), POST.get(method)
+        line = f"{method:16}"
+        for name, unit in (("train/accuracy", 0.01), ("eval/accuracy", 0.01), ("eval/distinct", 1)):
+            values = [run[name] / unit for run in runs]
+            std = f" ± {statistics.stdev(values):4.1f}" if len(values) > 1 else ""
+            line += f"{statistics.mean(values):.1f}{std}".rjust(13)
+        held_out, post = [100 * run["eval/accuracy"] for run in runs], POST.get(method)
+        low, high = min(held_out), max(held_out)
         star = "*" if post and len(runs) > 1 and not low <= post <= high else ""
-        line = f"{method:16}{cell(train)}{cell(held_out)}{f'{low:.1f}-{high:.1f}':>13}"
-        seconds = statistics.mean(column["seconds"])
-        print(f"{line}{cell(column['eval/distinct'])}{seconds:9.1f}{post or '-':>9}{star}")
+        seconds = statistics.mean(run["seconds"] for run in runs)
+        print(f"{line}{f'{low:.1f}-{high:.1f}':>13}{seconds:9.1f}{post or '-':>9}{star}")
 
 
 def main(args: Args) -> dict[str, float]:
@@ -316,28 +309,26 @@ def main(args: Args) -> dict[str, float]:
     runs = [(method, args.seed + i) for method in methods for i in range(args.num_seeds)]
     print(f"digits_sum20.py: cpu, seed {args.seed}, {len(runs)} runs, {args.hidden_dim} units")
     if args.tensorboard:
-        name = f"digits_sum20__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}"
-        writer = SummaryWriter(f"runs/{name}")
-        rows = "".join(f"|{flag}|{value}|\n" for flag, value in asdict(args).items())
+        now = time.strftime("%Y-%m-%d-%H%M%S")
+        writer = SummaryWriter(f"runs/digits_sum20__{args.seed}__{now}")
+        rows = "".join(f"|{flag}|{value}|\n" for flag, value in vars(args).items())
         writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{rows}")
     print("row               seed  epoch   train  held-out  distinct  held-out loss  time left")
     results, models = {method: [] for method in methods}, {}
     for number, (method, seed) in enumerate(runs):
+        run_start = time.perf_counter()
         torch.manual_seed(seed)
         knobs, model = choose_knobs(args, method), make_model(args.hidden_dim)
-        warm, run_start = round(knobs.get("sft_fraction", 0) * args.epochs), time.perf_counter()
+        warm = round(knobs.get("sft_fraction", 0) * args.epochs)
         # One generator after the other: like the post, RL begins with a new optimizer.
-        steps = chain(
-            train(model, train_prompts, METHODS["sl-weight-decay"], warm),
-            train(model, train_prompts, knobs, args.epochs - warm),
-        )
+        warm_start = train(model, train_prompts, METHODS["sl-weight-decay"], warm)
+        steps = chain(warm_start, train(model, train_prompts, knobs, args.epochs - warm))
         for epoch, _ in enumerate(steps):
             last = epoch == args.epochs - 1
             if epoch % max(1, args.epochs // 100) and not last:
                 continue
-            metrics = {}
-            for on, prompts in (("train", train_prompts), ("eval", held_out)):
-                metrics |= {f"{on}/{name}": v for name, v in measure(model, prompts).items()}
+            metrics = {f"train/{name}": v for name, v in measure(model, train_prompts).items()}
+            metrics |= {f"eval/{name}": v for name, v in measure(model, held_out).items()}
             if not math.isfinite(metrics["train/cross_entropy"]):
                 sys.exit(f"error: {method} diverged by epoch {epoch}; lower --learning-rate")
             if args.tensorboard:
@@ -353,19 +344,19 @@ def main(args: Args) -> dict[str, float]:
                 )
         results[method].append(metrics | {"seconds": time.perf_counter() - run_start})
         models[method] = model
-
+    if args.tensorboard:
+        writer.close()
     print_results(results)
     best = max(models, key=lambda method: results[method][-1]["eval/accuracy"])
     collapsed = min(models, key=lambda method: results[method][-1]["eval/distinct"])
     for method in dict.fromkeys((best, collapsed)):
         print(f"\nGreedy answers of {method} to held-out prompts, seed {runs[-1][1]}:")
         print_predictions(models[method], held_out[:10])
-    if args.tensorboard:
-        writer.close()
-    means = {}
-    for method, rows in results.items():
-        means |= {f"{method}/{k}": statistics.mean(row[k] for row in rows) for k in rows[0]}
-    return means
+    return {
+        f"{method}/{name}": statistics.mean(run[name] for run in rows)
+        for method, rows in results.items()
+        for name in rows[0]
+    }
 
 
 if __name__ == "__main__":
