@@ -85,7 +85,7 @@ class Args:
     reward: Literal["exact", "distance", "sharp", "square"] | None = None  # what is paid for
     ent_coef: float | None = None  # bonus for a nat of entropy
     ent_coef_final: float | None = None  # bonus it falls to, on a line, by the last epoch
-    baseline: Literal["none", "batch-mean", "rloo"] | None = None  # what rewards are compared with
+    baseline: Literal["none", "rloo"] | None = None  # rloo: the mean of a prompt's other samples
     samples_per_prompt: int | None = None  # an epoch; 0: one for each right answer, as in the post
     sft_fraction: float | None = None  # share of the epochs for a warm start: SL with weight decay
     sl_coef: float | None = None  # weight of the SL loss beside the RL loss
@@ -200,17 +200,12 @@ def sample_weights(valid, samples_per_prompt):
     return (torch.arange(counts.max()) < counts) / counts.sum()
 
 
-def compute_advantages(rewards, weights, baseline):
-    """Rewards minus the mean of the other samples: the same gradient on average, less noise.
-
-    rewards, weights: (N, M). The others are those of the batch, or of the prompt (rloo).
-    """
+def compute_advantages(rewards, baseline):
+    """Rewards (N, M) minus the mean of the prompt's other samples: less noise, equal gradient."""
     if baseline == "none":
         return rewards
-    dims = (0, 1) if baseline == "batch-mean" else 1
-    shares = weights / weights.sum(dims, keepdim=True)  # 1 / n, or 0
-    mean = (shares * rewards).sum(dims, keepdim=True)
-    return (rewards - mean) / (1 - shares)  # the mean of all n would shrink it by (n - 1) / n
+    # With the sample itself in the mean, the gradient would shrink by (M - 1) / M.
+    return (rewards - rewards.mean(1, keepdim=True)) / (1 - 1 / rewards.shape[1])
 
 
 def rl_credit(logprobs, probs, actions, advantages, weights, ent_coef):
@@ -248,7 +243,7 @@ def train(model, prompts, knobs, num_epochs):
             policy, ent_coef = logprobs.detach(), scheduled(knobs, "ent_coef", progress)
             probs = policy.exp()
             actions = sample_actions(probs, torch.rand(weights.shape))
-            advantages = compute_advantages(rewards.gather(1, actions), weights, knobs["baseline"])
+            advantages = compute_advantages(rewards.gather(1, actions), knobs["baseline"])
             credit = rl_credit(policy, probs, actions, advantages, weights, ent_coef)
         if "sl_coef" in knobs:
             credit = credit + scheduled(knobs, "sl_coef", progress) * labels
