@@ -19,7 +19,7 @@ is -sum(credit · log π(answer | prompt)) in all rows; what differs is which an
   (a baseline, a learning rate that falls to 0) and the bonus must fade in the end. Labels beside
   it ("joint") are followed early, then faded: imitation to the last would learn by heart again.
 
-    python digits_sum20.py                               # the whole ladder
+    python digits_sum20.py                               # the whole ladder, minutes on one core
     python digits_sum20.py --num-seeds 10                # mean ± standard deviation
     python digits_sum20.py --method rl --ent-coef 0.05   # one row, with a knob turned
 """
@@ -287,8 +287,8 @@ def print_results(results):
             values = [run[name] / unit for run in runs]
             std = f" ± {statistics.stdev(values):4.1f}" if len(values) > 1 else ""
             line += f"{statistics.mean(values):.1f}{std}".rjust(13)
-        held_out, post = [100 * run["eval/accuracy"] for run in runs], POST.get(method)
-        low, high = min(held_out), max(held_out)
+        held_out = [round(100 * run["eval/accuracy"], 2) for run in runs]  # as the post rounds
+        low, high, post = min(held_out), max(held_out), POST.get(method)
         star = "*" if post and len(runs) > 1 and not low <= post <= high else ""
         seconds = statistics.mean(run["seconds"] for run in runs)
         print(f"{line}{f'{low:.1f}-{high:.1f}':>13}{seconds:9.1f}{post or '-':>9}{star}")

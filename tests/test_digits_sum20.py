@@ -591,6 +591,17 @@ def test_tables_of_the_ladder(capsys):
             assert len(digits_shown) == 5
 
 
+def test_a_figure_of_the_post_is_compared_as_it_is_rounded(capsys):
+    """98.91 is 181 of 183 prompts: within a range that ends there, outside one that ends before."""
+    for right, star in ((181, ""), (180, "*")):
+        runs = [
+            {"train/accuracy": 1, "eval/accuracy": n / 183, "eval/distinct": 9, "seconds": 1}
+            for n in (170, right)
+        ]
+        digits.print_results({"sl-then-rl": runs})
+        assert capsys.readouterr().out.splitlines()[-1].endswith(f" 98.91{star}")
+
+
 def test_as_a_program(tmp_path):
     """Run as a reader does: nothing is left behind without TensorBoard, events are with it."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
