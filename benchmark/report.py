@@ -84,7 +84,8 @@ def digits_table(results):
     ]
     for row in digits.METHODS:
         train, held_out = (
-            [100 * v for v in column(result, f"{row}/{on}/accuracy")] for on in ("train", "eval")
+            [round(100 * v, 2) for v in column(result, f"{row}/{on}/accuracy")]  # as the post does
+            for on in ("train", "eval")
         )
         distinct, seconds = (
             mean(column(result, f"{row}/{k}")) for k in ("eval/distinct", "seconds")
