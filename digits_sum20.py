@@ -1,18 +1,17 @@
 """Imitation against trial and error, on the smallest task where RL's failures and cures all show.
 
 Three digits are given; a network with one hidden layer answers with one of the 100 digit pairs, so
-that all five sum to 20. What counts is its greedy answer to prompts it was never trained on. Task
-and first seven rows are those of the post "Reinforcement Learning" of Tommy's Blog.
+that all five sum to 20. What counts is its greedy answer to prompts it was never trained on. Task,
+split and first seven rows are those of the post "Reinforcement Learning" of Tommy's Blog. The loss
+is -sum(credit · log π(answer | prompt)) in all rows; what differs is which answers get credit.
 
-* Supervised learning (SL) imitates: cross-entropy with every right answer. It learns the training
+* Supervised learning (SL) imitates: all right answers get the same. It learns the training
   prompts by heart; weight decay makes it generalise.
-* Reinforcement learning (RL) samples answers and reinforces those that were paid for:
-
-      loss = -E[(reward - baseline) · log π(answer | prompt)] - ent_coef · entropy(π)
-
-  Paid only for right answers it collapses: what is sampled is reinforced, so is sampled more. The
-  entropy bonus keeps other answers alive. Pay for near misses ("distance") teaches from the first
-  epoch on, but settles for them; a sharper reward does not. SL then RL starts where pay is common.
+* Reinforcement learning (RL) tries: sampled answers get reward - baseline, and all answers a bonus
+  of ent_coef · π · -log π. Paid only for right answers it collapses: what is sampled is reinforced,
+  so is sampled more. The bonus keeps other answers alive. Pay for near misses ("distance") teaches
+  from the first epoch on, but settles for them; a sharper reward does not. SL then RL starts where
+  pay is common.
 * Beyond the post, RL that generalises almost perfectly without a label ("rl-improved"). The loss is
   least for π ∝ exp(reward / ent_coef). With a reward that is a parabola in the sum, those logits
   are linear in the prompt (its square is the same for all answers and cancels): the easiest thing
@@ -20,7 +19,7 @@ and first seven rows are those of the post "Reinforcement Learning" of Tommy's B
   (a baseline, a learning rate that falls to 0) and the bonus must fade in the end. Labels beside
   it ("joint") are followed early, then faded: imitation to the last would learn by heart again.
 
-    python digits_sum20.py                               # the whole ladder, in about 2 minutes
+    python digits_sum20.py                               # the whole ladder, minutes on one core
     python digits_sum20.py --num-seeds 10                # mean ± standard deviation
     python digits_sum20.py --method rl --ent-coef 0.05   # one row, with a knob turned
 """
@@ -36,8 +35,8 @@ import random
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
-from itertools import chain
+from dataclasses import dataclass
+from itertools import chain, product
 from typing import Literal
 
 import torch
@@ -86,7 +85,7 @@ class Args:
     reward: Literal["exact", "distance", "sharp", "square"] | None = None  # what is paid for
     ent_coef: float | None = None  # bonus for a nat of entropy
     ent_coef_final: float | None = None  # bonus it falls to, on a line, by the last epoch
-    baseline: Literal["none", "batch-mean", "rloo"] | None = None  # what rewards are compared with
+    baseline: Literal["none", "rloo"] | None = None  # rloo: the mean of a prompt's other samples
     samples_per_prompt: int | None = None  # an epoch; 0: one for each right answer, as in the post
     sft_fraction: float | None = None  # share of the epochs for a warm start: SL with weight decay
     sl_coef: float | None = None  # weight of the SL loss beside the RL loss
@@ -104,8 +103,8 @@ def check(args, flags, valid, why):
 
 def choose_knobs(args, method):
     """The values of a row's knobs: its own, replaced by the flags that were given."""
-    given = {flag: getattr(args, flag) for flag in METHODS[method]}
-    return METHODS[method] | {flag: value for flag, value in given.items() if value is not None}
+    own = METHODS.get(method, {})
+    return own | {flag: getattr(args, flag) for flag in own if getattr(args, flag) is not None}
 
 
 def check_args(args):
@@ -115,15 +114,14 @@ def check_args(args):
         check(args, flag, lambda v, readers=readers: args.method in readers, why)
     check(args, "num_seeds epochs hidden_dim", lambda v: v >= 1, "must be 1 or more")
     check(args, "learning_rate", lambda v: 0 < v < 2**63, "must be above 0, and finite")
+    check(args, "sft_fraction", lambda v: 0 <= v < 1, "must be 0 or more, and below 1 to leave RL")
     amounts = "seed learning_rate_final weight_decay ent_coef ent_coef_final samples_per_prompt"
     amounts += " sl_coef sl_coef_final"
     check(args, amounts, lambda v: 0 <= v < 2**63, "must be 0 or more, and finite")
-    why = "must be at least 0 and below 1, or no RL is left"
-    check(args, "sft_fraction", lambda v: 0 <= v < 1, why)
-    knobs = choose_knobs(args, args.method) if args.method in METHODS else {}
-    bad = knobs.get("baseline") == "rloo" and knobs["samples_per_prompt"] < 2
-    why = "--baseline rloo needs --samples-per-prompt 2 or more"
-    check(args, "samples_per_prompt baseline", lambda v: not bad, why)
+    knobs = choose_knobs(args, args.method)
+    if knobs.get("baseline") == "rloo":
+        enough, why = knobs["samples_per_prompt"] > 1, "rloo needs --samples-per-prompt 2 or more"
+        check(args, "samples_per_prompt baseline", lambda v: enough, why)
     runs = "runs" if os.path.lexists("runs") else "."
     usable = os.path.isdir(runs) and os.access(runs, os.W_OK)
     check(args, "tensorboard", lambda v: usable or not v, "cannot fill runs/; use --no-tensorboard")
@@ -133,12 +131,15 @@ def check_args(args):
 TARGET = 20
 
 
-def make_prompts():
-    """The 912 prompts that two digits can complete, split alike whatever the seed: (N, 3) each."""
-    prompts = torch.cartesian_prod(*[torch.arange(10)] * 3)
-    prompts = prompts[(prompts.sum(1) <= TARGET) & (prompts.sum(1) >= TARGET - 18)]
-    prompts = prompts[random.Random(TARGET).sample(range(912), 912)]
-    return prompts[:729], prompts[729:]  # to train on, held out
+def split_prompts():
+    """The 912 prompts that two digits can complete, (N, 3): 729 to train on, 183 held out.
+
+    It is the post's own split, which shuffles a set. Such a set has had the same order in every
+    CPython since 3.8, so its figures and ours are about the same held-out prompts.
+    """
+    prompts = list({p for p in product(range(10), repeat=3) if TARGET - 18 <= sum(p) <= TARGET})
+    random.Random(-1).shuffle(prompts)
+    return torch.tensor(prompts[:729]), torch.tensor(prompts[729:])
 
 
 def answer_sums(prompts):
@@ -175,24 +176,23 @@ def make_model(hidden_dim):
 def sample_actions(probs, uniforms):
     """Answers (N, M) at the given quantiles (N, M) of each prompt's distribution (N, A).
 
-    A cumulative table made once a prompt serves all of its samples. torch.multinomial, with one
-    sample a row, would cost several times as much as the rest of the epoch.
+    torch.multinomial, with one sample a row, would take longer than all the rest of the epoch.
     """
     cumulative = probs.cumsum(1)
     quantiles = uniforms * cumulative[:, -1:]  # the last entry is 1 only up to rounding
     return torch.searchsorted(cumulative, quantiles, right=True).clamp(max=probs.shape[1] - 1)
 
 
-# ------------------------------------------------------------------ The losses
-# The post trains on rows, one for each right answer to each prompt. Rows of a prompt have the same
-# logits, so 4,500 rows are 729 prompts with weights: the same loss for a sixth of the work.
+# ------------------------------------------------------------------ Who gets the credit
+# The post trains on 4,504 rows, one for each right answer to a prompt. Those of a prompt have the
+# same logits, so 729 prompts with weights give the same loss for a sixth of the work.
 
 
 def sample_weights(valid, samples_per_prompt):
     """Share of each sample in the mean over all, 0 for a slot not in use: (N, A) to (N, M).
 
-    valid is true for right answers. In the post, a prompt is sampled as often as it has right
-    answers (0); but that number is a label of sorts. RL by itself treats all prompts alike.
+    With 0, as in the post, a prompt has as many samples as right answers (where valid is true).
+    That number is a label of sorts; RL by itself treats all prompts alike.
     """
     counts = valid.sum(1, keepdim=True)
     if samples_per_prompt:
@@ -200,31 +200,21 @@ def sample_weights(valid, samples_per_prompt):
     return (torch.arange(counts.max()) < counts) / counts.sum()
 
 
-def compute_advantages(rewards, weights, baseline):
-    """Rewards minus the mean of other samples, which leaves the expected gradient as it is.
-
-    With the sample itself in the mean, the gradient would shrink by (n - 1) / n. All (N, M).
-    """
+def compute_advantages(rewards, baseline):
+    """Rewards (N, M) minus the mean of the prompt's other samples: less noise, equal gradient."""
     if baseline == "none":
         return rewards
-    dims = (0, 1) if baseline == "batch-mean" else 1
-    n = (weights > 0).sum(dims, keepdim=True)
-    mean = torch.where(weights > 0, rewards, 0.0).sum(dims, keepdim=True) / n
-    return (rewards - mean) * n / (n - 1)  # the same as: minus the mean of the other n - 1
+    # With the sample itself in the mean, the gradient would shrink by (M - 1) / M.
+    return (rewards - rewards.mean(1, keepdim=True)) / (1 - 1 / rewards.shape[1])
 
 
-def sl_loss(logprobs, targets):
-    """Cross-entropy over all rows. logprobs, targets: (N, A); targets are shares of the rows."""
-    loss = -(targets * logprobs).sum()
-    return loss, {"sl_loss": loss.detach()}
+def rl_credit(logprobs, probs, actions, advantages, weights, ent_coef):
+    """REINFORCE with an entropy bonus. logprobs, probs: (N, A), as is the credit; others (N, M).
 
-
-def rl_loss(logprobs, probs, actions, advantages, weights, ent_coef):
-    """REINFORCE with an entropy bonus. logprobs, probs: (N, A). The other tensors: (N, M)."""
-    policy_loss = -(weights * advantages * logprobs.gather(1, actions)).sum()
-    entropy = -(probs * logprobs).sum(1) @ weights.sum(1)
-    metrics = {"policy_loss": policy_loss.detach(), "entropy": entropy.detach()}
-    return policy_loss - ent_coef * entropy, metrics
+    The gradient of the entropy is that of paying -log π, as log π changes by 0 on average.
+    """
+    bonus = logprobs * probs * (-ent_coef * weights.sum(1, keepdim=True))
+    return bonus.scatter_add_(1, actions, weights * advantages)
 
 
 # ------------------------------------------------------------------ Training and evaluation
@@ -235,10 +225,10 @@ def scheduled(knobs, name, progress):
 
 
 def train(model, prompts, knobs, num_epochs):
-    """Train in place, by RL if the knobs have a reward, else by SL; yield metrics each epoch."""
+    """Train in place, by RL if the knobs have a reward, else by SL; pause after each epoch."""
     inputs, sums = one_hot(prompts), answer_sums(prompts)
     valid = sums == TARGET  # (N, A)
-    targets = valid / valid.sum()
+    labels = valid / valid.sum()
     if "reward" in knobs:
         rewards = reward_table(sums, knobs["reward"])  # (N, A)
         weights = sample_weights(valid, knobs["samples_per_prompt"])  # (N, M)
@@ -248,33 +238,33 @@ def train(model, prompts, knobs, num_epochs):
     for epoch in range(num_epochs):
         progress = epoch / num_epochs
         optimizer.param_groups[0]["lr"] = scheduled(knobs, "learning_rate", progress)
-        logprobs = model(inputs).log_softmax(1)
+        logprobs, credit = model(inputs).log_softmax(1), labels  # (N, A)
         if "reward" in knobs:
-            probs, ent_coef = logprobs.exp(), scheduled(knobs, "ent_coef", progress)
-            actions = sample_actions(probs.detach(), torch.rand(weights.shape))
-            sampled = rewards.gather(1, actions)
-            advantages = compute_advantages(sampled, weights, knobs["baseline"])
-            loss, metrics = rl_loss(logprobs, probs, actions, advantages, weights, ent_coef)
-            if "sl_coef" in knobs:
-                imitation, more = sl_loss(logprobs, targets)
-                loss = loss + scheduled(knobs, "sl_coef", progress) * imitation
-                metrics |= more
-        else:
-            loss, metrics = sl_loss(logprobs, targets)
+            policy, ent_coef = logprobs.detach(), scheduled(knobs, "ent_coef", progress)
+            probs = policy.exp()
+            actions = sample_actions(probs, torch.rand(weights.shape))
+            advantages = compute_advantages(rewards.gather(1, actions), knobs["baseline"])
+            credit = rl_credit(policy, probs, actions, advantages, weights, ent_coef)
+        if "sl_coef" in knobs:
+            credit = credit + scheduled(knobs, "sl_coef", progress) * labels
+        loss = -(credit.flatten() @ logprobs.flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        yield metrics
+        yield
 
 
 @torch.no_grad()
-def greedy_results(model, prompts):
+def measure(model, prompts):
     """Accuracy and number of distinct greedy answers; cross-entropy with all right answers."""
     logprobs, valid = model(one_hot(prompts)).log_softmax(1), answer_sums(prompts) == TARGET
     answers = logprobs.argmax(1, keepdim=True)  # (N, 1)
-    accuracy = valid.gather(1, answers).float().mean().item()
-    cross_entropy = sl_loss(logprobs, valid / valid.sum())[0].item()
-    return {"accuracy": accuracy, "distinct": len(answers.unique()), "cross_entropy": cross_entropy}
+    return {
+        "accuracy": valid.gather(1, answers).float().mean().item(),
+        "distinct": len(answers.unique()),
+        "cross_entropy": -logprobs[valid].mean().item(),
+        "entropy": -(logprobs.exp() * logprobs).sum(1).mean().item(),
+    }
 
 
 def print_predictions(model, prompts):
@@ -289,21 +279,19 @@ def print_predictions(model, prompts):
 
 def print_results(results):
     """Means over seeds ± standard deviation; a star marks a figure of the post out of our range."""
-
-    def cell(values):
-        std = f" ± {statistics.stdev(values):4.1f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.1f}{std}".rjust(13)
-
-    heads = ("row", "train %", "held-out %", "range", "distinct", "seconds", "post %")
+    heads = ("row", "train %", "held-out %", "distinct", "range", "seconds", "post %")
     print("\n{:16}{:>13}{:>13}{:>13}{:>13}{:>9}{:>9}".format(*heads))
     for method, runs in results.items():
-        column = {name: [run[name] for run in runs] for name in runs[0]}
-        train, held_out = ([100 * v for v in column[f"{on}/accuracy"]] for on in ("train", "eval"))
+        line = f"{method:16}"
+        for name, unit in (("train/accuracy", 0.01), ("eval/accuracy", 0.01), ("eval/distinct", 1)):
+            values = [run[name] / unit for run in runs]
+            std = f" ± {statistics.stdev(values):4.1f}" if len(values) > 1 else ""
+            line += f"{statistics.mean(values):.1f}{std}".rjust(13)
+        held_out = [round(100 * run["eval/accuracy"], 2) for run in runs]  # as the post rounds
         low, high, post = min(held_out), max(held_out), POST.get(method)
         star = "*" if post and len(runs) > 1 and not low <= post <= high else ""
-        line = f"{method:16}{cell(train)}{cell(held_out)}{f'{low:.1f}-{high:.1f}':>13}"
-        seconds = statistics.mean(column["seconds"])
-        print(f"{line}{cell(column['eval/distinct'])}{seconds:9.1f}{post or '-':>9}{star}")
+        seconds = statistics.mean(run["seconds"] for run in runs)
+        print(f"{line}{f'{low:.1f}-{high:.1f}':>13}{seconds:9.1f}{post or '-':>9}{star}")
 
 
 def main(args: Args) -> dict[str, float]:
@@ -311,36 +299,33 @@ def main(args: Args) -> dict[str, float]:
     check_args(args)
     start = time.perf_counter()
     torch.set_num_threads(1)  # the tensors are so small that a second thread only costs time
-    train_prompts, held_out = make_prompts()
+    train_prompts, held_out = split_prompts()
     methods = METHODS if args.method == "ladder" else [args.method]
     runs = [(method, args.seed + i) for method in methods for i in range(args.num_seeds)]
     print(f"digits_sum20.py: cpu, seed {args.seed}, {len(runs)} runs, {args.hidden_dim} units")
     if args.tensorboard:
-        name = f"digits_sum20__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}"
-        writer = SummaryWriter(f"runs/{name}")
-        rows = "".join(f"|{flag}|{value}|\n" for flag, value in asdict(args).items())
+        now = time.strftime("%Y-%m-%d-%H%M%S")
+        writer = SummaryWriter(f"runs/digits_sum20__{args.seed}__{now}")
+        rows = "".join(f"|{flag}|{value}|\n" for flag, value in vars(args).items())
         writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{rows}")
     print("row               seed  epoch   train  held-out  distinct  held-out loss  time left")
     results, models = {method: [] for method in methods}, {}
     for number, (method, seed) in enumerate(runs):
+        run_start = time.perf_counter()
         torch.manual_seed(seed)
         knobs, model = choose_knobs(args, method), make_model(args.hidden_dim)
-        warm, run_start = round(knobs.get("sft_fraction", 0) * args.epochs), time.perf_counter()
+        warm = round(knobs.get("sft_fraction", 0) * args.epochs)
         # One generator after the other: like the post, RL begins with a new optimizer.
-        steps = chain(
-            train(model, train_prompts, METHODS["sl-weight-decay"], warm),
-            train(model, train_prompts, knobs, args.epochs - warm),
-        )
-        for epoch, losses in enumerate(steps):
+        warm_start = train(model, train_prompts, METHODS["sl-weight-decay"], warm)
+        steps = chain(warm_start, train(model, train_prompts, knobs, args.epochs - warm))
+        for epoch, _ in enumerate(steps):
             last = epoch == args.epochs - 1
             if epoch % max(1, args.epochs // 100) and not last:
                 continue
-            metrics = {f"losses/{name}": value.item() for name, value in losses.items()}
-            if not all(map(math.isfinite, metrics.values())):
+            metrics = {f"train/{name}": v for name, v in measure(model, train_prompts).items()}
+            metrics |= {f"eval/{name}": v for name, v in measure(model, held_out).items()}
+            if not math.isfinite(metrics["train/cross_entropy"]):
                 sys.exit(f"error: {method} diverged by epoch {epoch}; lower --learning-rate")
-            for on, prompts in (("train", train_prompts), ("eval", held_out)):
-                greedy = greedy_results(model, prompts)
-                metrics |= {f"{on}/{name}": value for name, value in greedy.items()}
             if args.tensorboard:
                 for tag, value in metrics.items():
                     writer.add_scalar(f"{tag}/{method}-{seed}", value, epoch)
@@ -354,19 +339,19 @@ def main(args: Args) -> dict[str, float]:
                 )
         results[method].append(metrics | {"seconds": time.perf_counter() - run_start})
         models[method] = model
-
+    if args.tensorboard:
+        writer.close()
     print_results(results)
     best = max(models, key=lambda method: results[method][-1]["eval/accuracy"])
     collapsed = min(models, key=lambda method: results[method][-1]["eval/distinct"])
     for method in dict.fromkeys((best, collapsed)):
         print(f"\nGreedy answers of {method} to held-out prompts, seed {runs[-1][1]}:")
         print_predictions(models[method], held_out[:10])
-    if args.tensorboard:
-        writer.close()
-    means = {}
-    for method, rows in results.items():
-        means |= {f"{method}/{k}": statistics.mean(row[k] for row in rows) for k in rows[0]}
-    return means
+    return {
+        f"{method}/{name}": statistics.mean(run[name] for run in rows)
+        for method, rows in results.items()
+        for name in rows[0]
+    }
 
 
 if __name__ == "__main__":

@@ -124,7 +124,8 @@ def digits_table(results):
     ]
     for row in digits.METHODS:
         train, held_out = (
-            [100 * v for v in column(result, f"{row}/{on}/accuracy")] for on in ("train", "eval")
+            [round(100 * v, 2) for v in column(result, f"{row}/{on}/accuracy")]  # as the post does
+            for on in ("train", "eval")
         )
         distinct, seconds = (
             mean(column(result, f"{row}/{k}")) for k in ("eval/distinct", "seconds")
@@ -186,16 +187,18 @@ def digits_ladder(results, plt):
     rows = list(digits.METHODS)
     for y, row in enumerate(rows):
         values = [100 * v for v in column(results["digits_sum20"], f"{row}/eval/accuracy")]
-        axes.barh(y, mean(values), color="tab:blue", alpha=0.35)
+        (bar,) = axes.barh(y, mean(values), color="tab:blue", alpha=0.35)
         axes.plot(values, [y] * len(values), "o", color="tab:blue", markersize=4)
         if digits.POST.get(row):
             axes.plot(digits.POST[row], y, "x", color="tab:red", markersize=9, markeredgewidth=2)
+    bar.set_label("mean")
     axes.plot([], [], "o", color="tab:blue", markersize=4, label="a seed")
-    axes.plot([], [], "x", color="tab:red", markeredgewidth=2, label="the post")
+    axes.plot([], [], "x", color="tab:red", markersize=9, markeredgewidth=2, label="the post")
     axes.set_yticks(range(len(rows)), rows)
     axes.invert_yaxis()
-    axes.set(xlabel="held-out accuracy, %", title="The digits ladder", xlim=(0, 101))
-    axes.legend(loc="lower left")
+    axes.set(xlabel="held-out accuracy, %", xlim=(0, 101))
+    axes.set_title("The digits ladder", loc="left")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)
     figure.tight_layout()
     figure.savefig(FIGURES / "digits_ladder.png", dpi=110)
 
