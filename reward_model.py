@@ -54,7 +54,7 @@ class Args:
     tensorboard: bool = True  # write curves and more to runs/, for tensorboard --logdir runs
     save_path: Path | None = None  # file for the final weights and arguments
     sft_steps: int = 100  # supervised steps that make the reference; 0 starts from scratch
-    learning_rate: float = 2e-3  # the highest of AdamW: rises for a fifth of the run, falls to 0
+    learning_rate: float = 1e-3  # the highest of AdamW: rises for a fifth of the run, falls to 0
     max_grad_norm: float = 1.0  # gradients longer than this are scaled down to it
 
     learn_from: Literal["preferences", "labels", "demonstrations"] = "preferences"  # see above
