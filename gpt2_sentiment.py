@@ -8,7 +8,7 @@ from a little grammar in this file; --model takes any GPT-2 from the Hugging Fac
 directory. PPO: Schulman et al. 2017 (arXiv:1707.06347). On language models, with an adaptive KL
 penalty: Ziegler et al. 2019 (arXiv:1909.08593). To adapt it, replace reward and prompts.
 
-    python gpt2_sentiment.py                       # held-out reward 7 -> 32 at a KL of 3.5 nats
+    python gpt2_sentiment.py                       # held-out reward 7 -> 33 at a KL of 3.9 nats
     python gpt2_sentiment.py --model gpt2          # the 124M model; --device cuda --bf16 on a GPU
     torchrun --nproc-per-node 2 gpt2_sentiment.py  # data parallel; --help lists every flag
 """
@@ -293,17 +293,6 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end]
 
 
-def linear(layer, x):
-    """Product of x (B, T, in) with the weights (out, in) of a layer, plus the bias it may have."""
-    weight, bias = layer.weight, getattr(layer, "bias", None)
-    if x.shape[1] > 1 or x.is_cuda:
-        return F.linear(x, weight, bias)
-    # A token a sequence: in pieces that fit a cache, weights are read in less time, 50,257 rows of
-    # them in two thirds of it.
-    y = torch.cat([F.linear(x, piece) for piece in weight.split(1024)], 2)
-    return y if bias is None else y + bias
-
-
 class GPT2Block(nn.Module):
     """Pre-LN transformer block, (B, T, D) to (B, T, D)."""
 
@@ -318,14 +307,13 @@ class GPT2Block(nn.Module):
         self.mlp = nn.ModuleDict({"c_fc": c_fc, "c_proj": c_proj})
 
     def forward(self, x, keep, cache, layer):
-        qkv = linear(self.attn.c_attn, self.ln_1(x)).unflatten(2, (3, self.heads, -1))
+        qkv = self.attn.c_attn(self.ln_1(x)).unflatten(2, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D/H)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
-        x = x + linear(self.attn.c_proj, mixed.transpose(1, 2).flatten(2))
-        hidden = F.gelu(linear(self.mlp.c_fc, self.ln_2(x)), approximate="tanh")
-        return x + linear(self.mlp.c_proj, hidden)
+        x = x + self.attn.c_proj(mixed.transpose(1, 2).flatten(2))
+        return x + self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate="tanh"))
 
 
 class GPT2(nn.Module):
@@ -361,7 +349,11 @@ class GPT2(nn.Module):
         return self.ln_f(x)
 
     def head(self, states):
-        return linear(self.wte, states)
+        if states.shape[1] == 1 and not states.is_cuda:
+            # A few rows by 50,257 columns: in pieces that fit a cache it takes two thirds as long.
+            pieces = self.wte.weight.split(1024)
+            return torch.cat([F.linear(states, piece) for piece in pieces], 2)
+        return F.linear(states, self.wte.weight)
 
 
 # ------------------------------------------------------------------ Making, loading, saving it

@@ -66,7 +66,7 @@ def draw(results, path):
                     axes[row, column].plot(run["kl"], run[name], marker=".", label=label)
         axes[0, column].set_title(f"--rm-uncertainty-coef {penalty:g}")
         axes[1, column].set_xlabel("KL(policy ‖ reference), nats a response")
-    axes[0, 0].set_ylabel("what is optimised: learned\nreward, less the penalty")
+    axes[0, 0].set_ylabel("learned reward, less the penalty")
     axes[1, 0].set_ylabel("true reward")
     axes[0, 0].legend()
     figure.tight_layout()

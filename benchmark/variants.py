@@ -40,7 +40,7 @@ reinforce.py --baseline batch-mean
 reinforce.py --baseline running-mean
 reinforce.py --baseline value
 reinforce.py --objective rwr
-dpo.py --loss-type ipo
+dpo.py --loss-type ipo --beta 0.1
 dpo.py --loss-type hinge
 dpo.py --loss-type robust --label-smoothing 0.1
 """.strip().splitlines()
