@@ -349,10 +349,10 @@ class GPT2(nn.Module):
         return self.ln_f(x)
 
     def head(self, states):
-        if states.shape[1] == 1 and not states.is_cuda:
+        if states.dim() == 2 and not states.is_cuda:
             # A few rows by 50,257 columns: in pieces that fit a cache it takes two thirds as long.
             pieces = self.wte.weight.split(1024)
-            return torch.cat([F.linear(states, piece) for piece in pieces], 2)
+            return torch.cat([F.linear(states, piece) for piece in pieces], 1)
         return F.linear(states, self.wte.weight)
 
 
@@ -602,8 +602,7 @@ def sample_responses(policy, prompts, prompt_mask, noise, temperature=1.0, top_k
     responses, allowed = [], []
     for u in noise.split(1, 1):
         states = policy(tokens, mask[:, : cache.length + tokens.shape[1]], cache)
-        logits = policy.head(states[:, -1:]).float()[:, 0]
-        logits = filter_logits(logits, temperature, top_k, top_p)
+        logits = filter_logits(policy.head(states[:, -1]).float(), temperature, top_k, top_p)
         total = logits.softmax(1).cumsum(1, dtype=torch.float64)  # (B, V)
         tokens = torch.searchsorted(total, u * total[:, -1:], right=True)  # (B, 1)
         tokens = tokens.clamp(max=logits.shape[1] - 1)  # the last, too, where all is NaN
