@@ -18,8 +18,8 @@ losses, optimizer and schedule. What is measured, and --parts chooses from:
 TRL's model is transformers' GPT-2, which has no bias on its output layer; ours moves into the last
 norm. TRL gets every setting that makes it quicker here: no bfloat16 (four times slower), plain
 attention instead of sdpa (a tenth quicker), no gradient checkpointing, no dropout, no logs, no
-workers, the fused optimizer, rows of the whole batch at once. A clock hooked into the
-optimizers notes the time of each step, of both alike, and is stopped while a policy is evaluated.
+workers, the fused optimizer, rows of the whole batch at once. A clock hooked into the optimizers
+notes the time of each step, of both alike, and is stopped while a policy is evaluated.
 """
 
 import argparse

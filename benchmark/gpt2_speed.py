@@ -23,8 +23,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import gpt2_sentiment as gpt2
 
-TRAINING = {"learning_rate": 1e-6, "max_grad_norm": 1.0}
-
 
 def seconds(work, turns, device):
     """Time of the fastest of some turns: what else the machine is doing disturbs it least."""
@@ -100,7 +98,8 @@ def trl_iteration(folder, prompts, args):
         from transformers import AutoTokenizer
         from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
-        config = PPOConfig(batch_size=16, mini_batch_size=16, ppo_epochs=4, **TRAINING)
+        sizes = {"batch_size": 16, "mini_batch_size": 16, "ppo_epochs": 4}
+        config = PPOConfig(learning_rate=1e-6, max_grad_norm=1.0, **sizes)
     except (ImportError, RuntimeError, TypeError):  # no trl, or one of another time
         return {}
     model, reference = (AutoModelForCausalLMWithValueHead.from_pretrained(folder) for _ in "12")

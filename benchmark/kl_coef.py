@@ -4,14 +4,9 @@ python benchmark/kl_coef.py    # prints a markdown table
 """
 
 import argparse
-import contextlib
-import io
-import sys
-from pathlib import Path
 from statistics import mean
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import ppo
+from variants import run
 
 
 def main():
@@ -22,13 +17,10 @@ def main():
     print("| `--kl-coef` | success | KL, nats a response | entropy | optimality, each seed |")
     print("|-|-|-|-|-|")
     for kl_coef in args.kl_coefs:
-        runs = []
-        for seed in args.seeds:
-            with contextlib.redirect_stdout(io.StringIO()):
-                runs.append(ppo.main(ppo.Args(seed=seed, kl_coef=kl_coef, tensorboard=False)))
-        means = [mean(run[name] for run in runs) for name in ("success", "kl", "entropy")]
+        runs = [run(f"ppo.py --kl-coef {kl_coef}", seed) for seed in args.seeds]
+        means = [mean(result[name] for result in runs) for name in ("success", "kl", "entropy")]
         cells = " | ".join(f"{value:.3f}" for value in means)
-        each = ", ".join(f"{run['optimality']:.3f}" for run in runs)
+        each = ", ".join(f"{result['optimality']:.3f}" for result in runs)
         print(f"| {kl_coef} | {cells} | {each} |", flush=True)
 
 

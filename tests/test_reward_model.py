@@ -821,7 +821,6 @@ def test_learning_finds_an_easy_reward(monkeypatch):
     flags = {"minibatch_size": 4, "annotator_temperature": 0.25, "num_responses": 2048}
     for kind in ("preferences", "labels", "demonstrations"):
         result = run(learn_from=kind, **flags)
-        print(kind, result)
         assert result["accuracy"] > result["attainable"] - 0.02, kind
         assert result["correlation"] > 0.6, kind  # r may be off by a constant a prompt
         assert result["calibration_error"] < 0.1, kind
