@@ -83,6 +83,15 @@ def test_reading_in_pieces_through_the_cache_changes_nothing(policy, cuts):
     close(found[MASK], policy(TOKENS, MASK)[MASK])
 
 
+def test_logits_of_a_large_vocabulary_are_whole():
+    """It is cut in pieces where each sequence has one row."""
+    torch.manual_seed(0)
+    large, states = gpt2.GPT2(gpt2.Config(2500, 8, 16, 1, 2)), torch.randn(3, 16)
+    expected = states.double() @ large.wte.weight.double().T
+    for found in (large.head(states), large.head(states[:, None])[:, 0]):
+        torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
+
+
 def test_left_padding_changes_nothing(policy):
     row = TOKENS[2][MASK[2]]
     bare = policy(row[None])[0]
