@@ -83,13 +83,17 @@ def test_reading_in_pieces_through_the_cache_changes_nothing(policy, cuts):
     close(found[MASK], policy(TOKENS, MASK)[MASK])
 
 
-def test_logits_of_a_large_vocabulary_are_whole():
-    """It is cut in pieces where each sequence has one row."""
+@pytest.mark.parametrize("shape", [(3,), (3, 1), (16, 8), (129,), (3, 43)])  # 128 rows at most turn
+def test_linear_layers_are_whole_and_have_their_gradients(shape):
     torch.manual_seed(0)
-    large, states = gpt2.GPT2(gpt2.Config(2500, 8, 16, 1, 2)), torch.randn(3, 16)
-    expected = states.double() @ large.wte.weight.double().T
-    for found in (large.head(states), large.head(states[:, None])[:, 0]):
-        torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
+    layer = gpt2.Linear(16, 2500).double()
+    states, found = torch.randn(*shape, 16).double().requires_grad_(), []
+    for output in (layer(states), states @ layer.weight.T + layer.bias):
+        gradients = torch.autograd.grad(output.sin().sum(), [states, *layer.parameters()])
+        found.append((output, *gradients))
+    for ours, expected in zip(*found, strict=True):
+        close(ours, expected, 1e-9)
+    close(gpt2.linear(states, layer.weight), states @ layer.weight.T, 1e-9)
 
 
 def test_left_padding_changes_nothing(policy):
