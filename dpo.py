@@ -12,9 +12,9 @@ only differences are trained, chosen responses, too, become less likely, and wha
 take their place: too small a β succeeds less, not more. Kind of pairs: those of equal reward are no
 waste, as they hold alike what is alike; without them the KL grows. Number: to judge all pairs of a
 group costs no more passes, as a response is read once a step for all its pairs (for reward models
-Ouyang et al. 2022, arXiv:2203.02155, section 3.5). Learning rate: it rises slowly, as the first
-steps of Adam are long in any direction, and a policy that is thrown off does not come back: there
-are no new samples to correct it.
+Ouyang et al. 2022, arXiv:2203.02155, section 3.5). Learning rate: too high a one throws the policy
+off, and it does not come back, as there are no new samples to correct it; it rises at first, as the
+first steps of Adam are long in any direction.
 
 The task: given three digits, write two more and EOS, so that all five sum to 20. A small GPT is
 fitted to demonstrations, frozen as the reference, then tuned. All its responses can be enumerated,
@@ -55,15 +55,15 @@ class Args:
     tensorboard: bool = True  # write curves and more to runs/, for tensorboard --logdir runs
     save_path: Path | None = None  # file for the final weights and arguments
     sft_steps: int = 100  # supervised steps that make the reference; 0 starts from scratch
-    learning_rate: float = 1.2e-3  # the highest of AdamW: rises for a fifth of the run, falls to 0
+    learning_rate: float = 1e-3  # of AdamW; rises over a tenth of the run, then falls to 0
     max_grad_norm: float = 1.0  # gradients longer than this are scaled down to it
 
     preferences: Path | None = None  # file of judgements, JSON lines; without it, an annotator's
     annotator_temperature: float = 0.5  # τ: prefers A to B with odds exp((R(A) - R(B)) / τ)
     num_responses: int = 23_328  # sampled from the reference for the annotator, prompts in turn
     group_size: int = 8  # responses to one prompt of which the annotator judges all pairs
-    epochs: int = 12  # passes over the judgements
-    minibatch_size: int = 512  # judgements a gradient step
+    epochs: int = 8  # passes over the judgements
+    minibatch_size: int = 256  # judgements a gradient step
     beta: float = 0.4  # β: large stays close to the reference, small follows the judgements further
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"  # of a pair's margin h
     label_smoothing: float = 0.0  # share of judgements taken to be wrong; for sigmoid and robust
@@ -429,7 +429,7 @@ def main(args: Args) -> dict[str, float]:
             parts = order.tensor_split(minibatches)
         rows = parts[(step - 1) % minibatches]  # (B,)
         progress = (step - 0.5) / num_steps
-        learning_rate = args.learning_rate * min(5 * progress, 1.25 * (1 - progress))
+        learning_rate = args.learning_rate * min(10 * progress, 1 - progress)
         optimizer.param_groups[0]["lr"] = learning_rate
         read, inverse = index[:, rows].unique(return_inverse=True)  # (u,), (2, B)
         logits = policy.head(response_states(policy, x[read], y[read]))

@@ -971,7 +971,7 @@ def main(args: Args) -> dict[str, float]:
     num_rollouts, begin = args.total_episodes // size, time.perf_counter()
     for step in range(first, num_rollouts + 1):
         progress = (step - 0.5) / num_rollouts
-        learning_rate = args.learning_rate * min(5 * progress, 1.25 * (1 - progress))
+        learning_rate = args.learning_rate * min(10 * progress, 1 - progress)
         for group, factor in zip(optimizer.param_groups, (1, 10), strict=True):
             group["lr"] = learning_rate * factor  # the critic starts from nothing
 

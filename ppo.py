@@ -43,9 +43,9 @@ class Args:
     tensorboard: bool = True  # write curves and more to runs/, for tensorboard --logdir runs
     save_path: Path | None = None  # file for the final weights and arguments
     sft_steps: int = 100  # supervised steps that make the reference; 0 starts from scratch
-    total_episodes: int = 102_400  # responses sampled in all
+    total_episodes: int = 81_920  # responses sampled in all
     batch_size: int = 256  # responses a rollout
-    learning_rate: float = 3e-3  # the highest of AdamW: rises for a fifth of the run, falls to 0
+    learning_rate: float = 3e-3  # of AdamW; rises over a tenth of the run, then falls to 0
     max_grad_norm: float = 1.0  # gradients longer than this are scaled down to it
     temperature: float = 1.0  # divides the logits, in sampling and in every log-probability alike
     kl_coef: float = 0.05  # β, the price in reward of a nat of KL(policy ‖ reference) a response
@@ -454,7 +454,7 @@ def main(args: Args) -> dict[str, float]:
     num_rollouts, begin = args.total_episodes // args.batch_size, time.perf_counter()
     for rollout in range(1, num_rollouts + 1):
         progress = (rollout - 0.5) / num_rollouts
-        learning_rate = args.learning_rate * min(5 * progress, 1.25 * (1 - progress))
+        learning_rate = args.learning_rate * min(10 * progress, 1 - progress)
         optimizer.param_groups[0]["lr"] = learning_rate
 
         # Rollout: sample responses, score them, note what the models think of them.

@@ -54,7 +54,7 @@ class Args:
     tensorboard: bool = True  # write curves and more to runs/, for tensorboard --logdir runs
     save_path: Path | None = None  # file for the final weights and arguments
     sft_steps: int = 100  # supervised steps that make the reference; 0 starts from scratch
-    learning_rate: float = 1e-3  # the highest of AdamW: rises for a fifth of the run, falls to 0
+    learning_rate: float = 1e-3  # of AdamW; rises over a tenth of the run, then falls to 0
     max_grad_norm: float = 1.0  # gradients longer than this are scaled down to it
 
     learn_from: Literal["preferences", "labels", "demonstrations"] = "preferences"  # see above
@@ -571,7 +571,7 @@ def main(args: Args) -> dict[str, float]:
         batches = [batch for order in orders for batch in order.split(args.minibatch_size)]
         for member_step, batch in enumerate(batches, 1):
             progress = (member_step - 0.5) / steps_each
-            learning_rate = args.learning_rate * min(5 * progress, 1.25 * (1 - progress))
+            learning_rate = args.learning_rate * min(10 * progress, 1 - progress)
             optimizer.param_groups[0]["lr"] = learning_rate
             rows = torch.cat([groups[i] for i in batch.tolist()])  # (B,)
             read, inverse = index[rows].unique(return_inverse=True)  # (u,), (B, K)

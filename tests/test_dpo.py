@@ -521,14 +521,15 @@ def test_first_loss_is_log_2_and_metrics_are_logged(monkeypatch):
     assert found == pytest.approx(first)
     steps = len(calls["dpo_loss"])
     done = [(k + 0.5) / steps for k in range(steps)]
-    rates = [dpo.Args.learning_rate * (p / 0.2 if p < 0.2 else (1 - p) / 0.8) for p in done]
+    rates = [dpo.Args.learning_rate * (10 * p if p < 1 / 11 else 1 - p) for p in done]
     assert logged(calls, "learning_rate") == pytest.approx(rates)
 
 
 def test_success_rises_though_the_chosen_become_less_likely(monkeypatch):
     """A short run; by its end the chosen responses, too, are less likely than at the start."""
     calls = programs.record(monkeypatch, dpo, "write")
-    flags = {"num_responses": 2_912, "epochs": 3, "minibatch_size": 128, "learning_rate": 4e-4}
+    monkeypatch.setattr(dpo, "make_prompts", make_prompts)  # five would say little
+    flags = {"num_responses": 2_912, "epochs": 3, "minibatch_size": 128, "learning_rate": 2e-4}
     result = dpo.main(dpo.Args(tensorboard=False, beta=0.5, annotator_temperature=0.1, **flags))
     assert 0.4 < result["success_before"] < 0.8
     assert result["success"] > result["success_before"] + 0.05

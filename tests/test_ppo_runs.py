@@ -275,6 +275,6 @@ def test_the_learning_rate_rises_then_falls(tmp_path):
     events.Reload()
     points = events.Scalars("charts/learning_rate")
     rates = [point.value / ppo.Args.learning_rate for point in points]
-    assert rates[0] == pytest.approx(2.5 / 40) and rates[-1] == pytest.approx(0.625 / 40)
-    assert max(rates) == rates[8] == pytest.approx(39.375 / 40)
-    assert rates[:9] == sorted(rates[:9]) and rates[8:] == sorted(rates[8:], reverse=True)
+    assert rates[0] == pytest.approx(5 / 40) and rates[-1] == pytest.approx(0.5 / 40)
+    assert max(rates) == rates[4] == pytest.approx(35.5 / 40)
+    assert rates[:5] == sorted(rates[:5]) and rates[4:] == sorted(rates[4:], reverse=True)

@@ -810,7 +810,7 @@ def test_rewards_are_logged_and_the_rate_rises_and_falls(monkeypatch):
     rates = curves["charts/learning_rate"]
     for own in (rates[:10], rates[10:]):  # the second step of each two; for each member anew
         middle = [k - 0.5 for k in range(2, 21, 2)]
-        assert own == pytest.approx([1e-4 * min(k / 4, (20 - k) / 16) for k in middle])
+        assert own == pytest.approx([1e-4 * min(k / 2, (20 - k) / 20) for k in middle])
     assert {"losses/loss", "losses/grad_norm"} <= set(curves)
 
 
