@@ -53,8 +53,8 @@ def gradient(loss, logits):
 
 def rl_loss(logits, *samples):
     logprobs = logits.log_softmax(1)
-    policy = logprobs.detach()
-    return -(digits.rl_credit(policy, policy.exp(), *samples) * logprobs).sum()
+    credit = digits.rl_credit(logits.detach(), logprobs.detach().exp(), *samples)
+    return -(credit * logprobs).sum()
 
 
 def flags(method, **given):
@@ -158,6 +158,14 @@ def test_rewards_as_printed_in_the_post():
 
 
 # ---------------------------------------------------------------- The losses
+
+
+def test_logit_gradient_is_that_of_the_loss():
+    torch.manual_seed(0)
+    logits, credit = torch.randn(2, 7, 100, dtype=torch.float64).unbind()  # credit of any sum
+    loss = -(credit * logits.requires_grad_().log_softmax(1)).sum()
+    found = digits.logit_gradient(credit, logits.detach().softmax(1))
+    torch.testing.assert_close(found, gradient(loss, logits), rtol=0, atol=1e-12)
 
 
 def test_sl_loss_is_cross_entropy_over_all_rows():
