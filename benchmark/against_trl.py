@@ -281,9 +281,9 @@ def trl_trainer(job, start, folder):
         "seed": job.seed,
         "max_steps": steps,
         "per_device_train_batch_size": job.batch,
-        "learning_rate": job.learning_rate,
+        "learning_rate": job.learning_rate * 10 / 11,  # with the warm-up, the scripts' schedule
         "lr_scheduler_type": "linear",
-        "warmup_steps": steps // 20,
+        "warmup_steps": steps // 11,
         "adam_beta2": 0.99,
         "weight_decay": job.weight_decay,
         "max_grad_norm": 1.0,

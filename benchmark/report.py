@@ -141,13 +141,26 @@ def digits_table(results):
     return "\n".join([*lines, "", where(results, ["digits_sum20"])])
 
 
+def hacking_table(results):
+    runs = json.loads((RESULTS / "reward_hacking.json").read_text())["runs"]
+    lines = [
+        "| `--rm-uncertainty-coef` | `--kl-coef` | learned reward | true reward | KL at the end |",
+        "|-|-|-|-|-|",
+    ]
+    for run in runs:
+        moved = [f"{run[name][0]:.2f} → {run[name][-1]:.2f}" for name in ("learned", "true")]
+        coefs = [f"{run[name]:g}" for name in ("rm_uncertainty_coef", "kl_coef")]
+        lines.append(f"| {' | '.join([*coefs, *moved, format(run['kl'][-1], '.2f')])} |")
+    return "\n".join(lines)
+
+
 def ppo_output(results):
     lines = results["ppo"]["output"]
     return "\n".join(["```", *lines[:4], "...", *lines[-3:], "```"])
 
 
 TABLES = {"output": ppo_output, "scripts": scripts_table, "digits": digits_table}
-TABLES |= {"reward_model": reward_model_table, "gpt2": gpt2_table}
+TABLES |= {"reward_model": reward_model_table, "hacking": hacking_table, "gpt2": gpt2_table}
 
 
 def render(readme):
