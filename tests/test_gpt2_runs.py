@@ -754,8 +754,8 @@ def test_the_learning_rate_rises_then_falls(tmp_path):
     events = EventAccumulator(str(next((tmp_path / "runs").iterdir())))
     events.Reload()
     rates = [event.value / 3e-3 for event in events.Scalars("charts/learning_rate")]
-    assert rates[0] == pytest.approx(1 / 16) and rates[-1] == pytest.approx(1 / 64)
-    assert max(rates) == rates[8] == pytest.approx(0.984375)
+    assert rates[0] == pytest.approx(5 / 40) and rates[-1] == pytest.approx(0.5 / 40)
+    assert max(rates) == rates[4] == pytest.approx(35.5 / 40)
 
 
 def test_program_in_a_shell(tmp_path):

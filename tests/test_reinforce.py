@@ -476,6 +476,14 @@ def test_logged_metrics(monkeypatch):
     assert wanted | {("losses", name) for name in losses.split()} <= found
 
 
+def test_the_learning_rate_rises_then_falls(monkeypatch):
+    calls = programs.record(monkeypatch, reinforce, "write")
+    run(batch_size=64, total_episodes=20 * 64)
+    done = [(k + 0.5) / 20 for k in range(20)]
+    rates = [reinforce.Args.learning_rate * (10 * p if p < 1 / 11 else 1 - p) for p in done]
+    assert logged(calls, "learning_rate") == pytest.approx(rates)
+
+
 def test_reference_is_frozen_and_nothing_is_left_behind(monkeypatch, tmp_path):
     programs.check_reference_is_frozen(monkeypatch, run)
     assert list(tmp_path.iterdir()) == []
