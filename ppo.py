@@ -43,7 +43,7 @@ class Args:
     tensorboard: bool = True  # write curves and more to runs/, for tensorboard --logdir runs
     save_path: Path | None = None  # file for the final weights and arguments
     sft_steps: int = 100  # supervised steps that make the reference; 0 starts from scratch
-    total_episodes: int = 81_920  # responses sampled in all
+    total_episodes: int = 92_160  # responses sampled in all
     batch_size: int = 256  # responses a rollout
     learning_rate: float = 3e-3  # of AdamW; rises over a tenth of the run, then falls to 0
     max_grad_norm: float = 1.0  # gradients longer than this are scaled down to it

@@ -59,7 +59,7 @@ def tokens_a_second(policy, folder, args):
 
     print("| tokens a second | |\n|-|-|", flush=True)
     try:
-        from transformers import GPT2LMHeadModel
+        from transformers import GPT2LMHeadModel, __version__
     except ImportError:
         theirs = None
     else:
@@ -87,7 +87,7 @@ def tokens_a_second(policy, folder, args):
     speeds = [16 * 48 / min(column) for column in times]
     print(f"| gpt2_sentiment.py | {speeds[0]:.0f} |")
     if theirs:
-        print(f"| transformers' generate | {speeds[1]:.0f} |")
+        print(f"| generate of transformers {__version__} | {speeds[1]:.0f} |")
         print(f"| ratio | {speeds[0] / speeds[1]:.2f} |\n\nlargest gap of logits: {gap:.1e}")
     policy.config.eos_token_id = 0
 
@@ -173,7 +173,7 @@ def iteration(policy, folder, args):
         )
     if theirs:
         generate, step = times["generate"], times["step"]
-        print(f"| TRL's generate and step | {generate:.2f} + {step:.2f} = {generate + step:.2f} |")
+        print(f"| TRL's generate and step | {generate + step:.2f} | | | |")
         print(f"\nTRL's iteration takes {(generate + step) / parts['whole']:.2f} times as long")
 
 
