@@ -682,7 +682,7 @@ def test_training_prompts_are_what_is_trained_on(monkeypatch):
 def test_the_first_step_is_as_long_as_the_learning_rate(monkeypatch):
     """Adam's first step is the learning rate, for each weight; the critic's is ten times that.
 
-    In the middle of training, where a run of one rollout is, the rate is 0.625 of the highest."""
+    In the middle of training, where a run of one rollout is, the rate is half of the highest."""
     seen = spy(
         monkeypatch,
         "clip_grad_norm_",
@@ -692,8 +692,8 @@ def test_the_first_step_is_as_long_as_the_learning_rate(monkeypatch):
     run(num_minibatches=1, total_episodes=8)
     (_, _, start), (_, _, end) = seen
     *policy, weight, bias = [(b - a).abs().max().item() for a, b in zip(start, end, strict=True)]
-    assert max(policy) == pytest.approx(0.625 * 3e-3, rel=0.02)  # weight decay adds a little
-    assert [weight, bias] == pytest.approx([0.625 * 3e-2] * 2, rel=1e-3)
+    assert max(policy) == pytest.approx(0.5 * 3e-3, rel=0.02)  # weight decay adds a little
+    assert [weight, bias] == pytest.approx([0.5 * 3e-2] * 2, rel=1e-3)
 
 
 def test_evaluations_before_and_after_use_the_same_noise(monkeypatch, default_result):
