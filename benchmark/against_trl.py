@@ -639,7 +639,7 @@ def main():
     found |= {part: found.get(part, {}) for part in [*args.parts, "measured"]}
     found["goal"] = args.goal
     for method in args.methods:
-        found["measured"][method] = machine()
+        found["measured"] |= {f"{method}, {part}": machine() for part in args.parts}
         if "speed" in args.parts:
             found["speed"][method] = measure_speed(method, args.turns, args.steps)
             if method == "grpo":  # TRL is quickest so, and then needs no old log-probabilities
@@ -657,8 +657,8 @@ def main():
         if args.output is not None:  # after each method, for it takes long
             args.output.parent.mkdir(exist_ok=True)
             args.output.write_text(json.dumps(found, indent=1) + "\n")
-    for method, how in found["measured"].items():
-        print(f"{method}: " + ", ".join(f"{name} {value}" for name, value in how.items()))
+    for what, how in found["measured"].items():
+        print(f"{what}: " + ", ".join(f"{name} {value}" for name, value in how.items()))
     print()
     print(tables(found))
 
