@@ -168,13 +168,13 @@ class Reached(Exception):
 
 
 class Clock:
-    """Seconds, and seconds of processor time, at which each optimizer step of a run ended.
+    """Seconds at which each optimizer step of a run ended.
 
     What is spent in look(steps) does not count.
     """
 
     def __init__(self, look=None):
-        self.look, self.times, self.worked, self.stopped = look, [], [], 0.0
+        self.look, self.times, self.stopped = look, [], 0.0
 
     def __enter__(self):
         self.hook = register_optimizer_step_post_hook(self.tick)
@@ -186,16 +186,15 @@ class Clock:
     def tick(self, *_):
         now = time.perf_counter()
         self.times.append(now - self.stopped)
-        self.worked.append(time.process_time())
         if self.look is not None:
             self.look(len(self.times))
             self.stopped += time.perf_counter() - now
 
-    def rates(self, job):
-        """Units a second, and a second of processor time; the first rollout or step warms up."""
+    def rate(self, job):
+        """Units a second; the first rollout or step warms up."""
         first = 1 if job.pairs is not None else BATCH // job.batch
         done = job.amount * (1 - first / len(self.times))
-        return [done / (times[-1] - times[first - 1]) for times in (self.times, self.worked)]
+        return done / (self.times[-1] - self.times[first - 1])
 
 
 def draw_pairs(start, groups, size, temperature, seed):
@@ -467,17 +466,14 @@ def measure_learning(method, seeds, rates, steps=None):
 
 
 def measure_speed(method, turns, steps, minibatches=4):
-    """Completions or pairs a second of each side in turn, by the clock and by processor time.
-
-    The latter hardly depends on what else the machine does, but adds up what threads do at once.
-    """
+    """Completions or pairs a second of each side, in turn."""
     start = warm_start(1)
     job = make_job(method, 1, start, steps, minibatches=minibatches)
     rates = {side: [] for side in SIDES}
     for turn in range(turns + 1):
         for side in SIDES if turn % 2 else SIDES[::-1]:
-            rate = run(side, job, start)[1].rates(job)
-            say(f"{method}, speed, turn {turn}, {side}: {rate[0]:,.0f} a second")
+            rate = run(side, job, start)[1].rate(job)
+            say(f"{method}, speed, turn {turn}, {side}: {rate:,.0f} a second")
             if turn:  # the first only warms up
                 rates[side].append(rate)
     return rates
@@ -565,16 +561,14 @@ def tables(found):
     """The results as markdown."""
     lines = []
     if found.get("speed"):
-        for kind, name in enumerate(["second", "second of processor time"]):
-            lines += [f"| units a {name} | ours | TRL | times faster |", "|-|-|-|-|"]
-            for method, rates in found["speed"].items():
-                both = [[rate[kind] for rate in rates[side]] for side in SIDES]
-                ours, theirs = (statistics.median(x) for x in both)
-                ratios = sorted(a / b for a, b in zip(*both, strict=True))
-                ratio = f"{ours / theirs:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-                name = f"{method}, {UNITS[method.split(',')[0]]}"
-                lines.append(f"| {name} | {ours:,.0f} | {theirs:,.0f} | {ratio} |")
-            lines.append("")
+        lines += ["| units a second | ours | TRL | times faster |", "|-|-|-|-|"]
+        for method, rates in found["speed"].items():
+            ours, theirs = (statistics.median(rates[side]) for side in SIDES)
+            ratios = sorted(a / b for a, b in zip(*rates.values(), strict=True))
+            ratio = f"{ours / theirs:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+            name = f"{method}, {UNITS[method.split(',')[0]]}"
+            lines.append(f"| {name} | {ours:,.0f} | {theirs:,.0f} | {ratio} |")
+        lines.append("")
     if found.get("rates"):
         lines += ["| success on training prompts by learning rate | ours | TRL |", "|-|-|-|"]
         for method, tried in found["rates"].items():
@@ -602,7 +596,12 @@ def tables(found):
                 cells.append(cell + (f" ({missed} never)" if times and missed else ""))
             lines.append(f"| {method} | {cells[0]} | {cells[1]} |")
         lines.append("")
-    return "\n".join(lines)
+    commands = {}
+    for how in found["measured"].values():
+        versions = [f"{name} {version}" for name, version in how["versions"].items()]
+        place = f"{how['cpu']}, {how['cores']} cores, {', '.join(versions)}, {how['date'][:10]}"
+        commands[f"`{how['command']}`, commit {how['commit']}"] = place
+    return "\n".join([*lines, "; ".join(commands) + f". {place}."])
 
 
 def main():
@@ -657,9 +656,6 @@ def main():
         if args.output is not None:  # after each method, for it takes long
             args.output.parent.mkdir(exist_ok=True)
             args.output.write_text(json.dumps(found, indent=1) + "\n")
-    for what, how in found["measured"].items():
-        print(f"{what}: " + ", ".join(f"{name} {value}" for name, value in how.items()))
-    print()
     print(tables(found))
 
 

@@ -507,8 +507,7 @@ def test_speed_is_of_all_rollouts_but_the_first():
     job = bench.Job("grpo", 1, 1e-3, bench.BATCH // 4, rollouts=3)
     clock = bench.Clock()
     clock.times = [10.0, 11, 12, 13, 17, 18, 19, 20, 24, 25, 26, 27]  # 4 s to sample, then 1 a step
-    clock.worked = [2 * t for t in clock.times]
-    assert clock.rates(job) == pytest.approx([2 * bench.BATCH / 14, 2 * bench.BATCH / 28])
+    assert clock.rate(job) == pytest.approx(2 * bench.BATCH / 14)
     job = bench.Job("dpo", 1, 1e-3, 2, pairs=([0] * 10, [0] * 10, [0] * 10), epochs=2)
-    clock.times = clock.worked = [float(t) for t in range(10)]
-    assert clock.rates(job) == pytest.approx([2.0, 2.0])
+    clock.times = [float(t) for t in range(10)]
+    assert clock.rate(job) == pytest.approx(2.0)
