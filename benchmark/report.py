@@ -185,7 +185,7 @@ def learning_curves(results, plt):
         low, middle, high = ([f(v) for v in zip(*values, strict=True)] for f in (min, mean, max))
         (line,) = axes.plot(episodes, middle, label=f"{script}.py")
         axes.fill_between(episodes, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
-    axes.set(xlabel="episodes", ylabel="score of the samples", ylim=(0.3, 1.01))
+    axes.set(xlabel="episodes", ylabel="score of the samples", ylim=(0, 1.01))
     axes.legend(loc="lower right")
     axes.set_title(f"Learning curves: mean and range over {len(curves)} seeds")
     figure.tight_layout()
