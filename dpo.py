@@ -12,7 +12,8 @@ only differences are trained, chosen responses, too, become less likely, and wha
 take their place: too small a β succeeds less, not more. Kind of pairs: those of equal reward are no
 waste, as they hold alike what is alike; without them the KL grows. Number: to judge all pairs of a
 group costs no more passes, as a response is read once a step for all its pairs (for reward models
-Ouyang et al. 2022, arXiv:2203.02155, section 3.5). Learning rate: too high a one throws the policy
+Ouyang et al. 2022, arXiv:2203.02155, section 3.5). In mixed order, as those of a file may be, pairs
+take several times as long and teach a little more. Learning rate: too high a one throws the policy
 off, and it does not come back, as there are no new samples to correct it; it rises at first, as the
 first steps of Adam are long in any direction.
 
@@ -20,7 +21,7 @@ The task: given three digits, write two more and EOS, so that all five sum to 20
 fitted to demonstrations, frozen as the reference, then tuned. All its responses can be enumerated,
 so the evaluation is exact and knows the best attainable J. To adapt it, replace task and policy.
 
-    python dpo.py                     # held-out success 0.59 -> 0.96 in 30 s on two slow cores
+    python dpo.py                     # held-out success 0.59 -> 0.96 in 24 s on two slow cores
     python dpo.py --loss-type ipo     # or hinge, robust; --help lists every flag
 """
 
@@ -55,15 +56,15 @@ class Args:
     tensorboard: bool = True  # write curves and more to runs/, for tensorboard --logdir runs
     save_path: Path | None = None  # file for the final weights and arguments
     sft_steps: int = 100  # supervised steps that make the reference; 0 starts from scratch
-    learning_rate: float = 1e-3  # of AdamW; rises over a tenth of the run, then falls to 0
+    learning_rate: float = 1.5e-3  # of AdamW; rises over a tenth of the run, then falls to 0
     max_grad_norm: float = 1.0  # gradients longer than this are scaled down to it
 
     preferences: Path | None = None  # file of judgements, JSON lines; without it, an annotator's
     annotator_temperature: float = 0.5  # τ: prefers A to B with odds exp((R(A) - R(B)) / τ)
     num_responses: int = 23_328  # sampled from the reference for the annotator, prompts in turn
     group_size: int = 8  # responses to one prompt of which the annotator judges all pairs
-    epochs: int = 8  # passes over the judgements
-    minibatch_size: int = 256  # judgements a gradient step
+    epochs: int = 6  # passes over the judgements
+    minibatch_size: int = 512  # judgements a gradient step
     beta: float = 0.4  # β: large stays close to the reference, small follows the judgements further
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"  # of a pair's margin h
     label_smoothing: float = 0.0  # share of judgements taken to be wrong; for sigmoid and robust
@@ -414,13 +415,13 @@ def main(args: Args) -> dict[str, float]:
     texts, index = pairs.flatten(0, 1).unique(dim=0, return_inverse=True)  # (U, P + R), (2N,)
     x, y = texts.split([prompts.shape[1], RESPONSE_LENGTH], 1)
     index, mask = index.view(2, -1), response_mask(y)  # (2, N), (U, R)
-    groups = prompts.unique(dim=0, return_inverse=True)[1]  # (N,)
+    groups = F.pad((prompts[1:] != prompts[:-1]).any(1), (1, 0)).cumsum(0)  # (N,)
     with torch.no_grad():
         logits = reference.head(response_states(reference, x, y))
         ref_logprobs = response_logprobs(token_logprobs(logits, y), mask, args.length_normalize)
 
-    # Update: passes over the judgements, those of one prompt together, prompts in random order, so
-    # that a response in many pairs is read but once a step.
+    # Update: passes over the judgements in random order, but for those that follow each other and
+    # share a prompt: a group stays together, so that its responses are read but once a step.
     minibatches, updates = math.ceil(len(ties) / args.minibatch_size), []
     num_steps, begin = args.epochs * minibatches, time.perf_counter()
     for step in range(1, num_steps + 1):

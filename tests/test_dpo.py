@@ -425,7 +425,7 @@ def judged(path, seed=0, number=40):
 
 
 def test_a_response_is_read_about_once_a_pass(monkeypatch):
-    """Judgements of a prompt stay together: only at the seams of minibatches is one read again."""
+    """A group stays together: only at the seams of minibatches is a response read again."""
     calls = programs.record(monkeypatch, dpo, "response_logprobs")["response_logprobs"]
     run(epochs=1, group_size=4)
     (distinct, *read) = [len(call["logprobs"]) for call in calls]
@@ -475,15 +475,35 @@ def test_what_the_loop_passes_on(monkeypatch, tmp_path, length_normalize):
     assert not torch.equal(first["ties"], calls["dpo_loss"][3]["ties"])  # another order
 
 
-def test_judgements_of_one_prompt_stand_together(monkeypatch):
+def test_a_group_stands_together(monkeypatch):
     calls = programs.record(monkeypatch, dpo, "response_states", "dpo_loss")
     run(num_responses=256, group_size=8, minibatch_size=112)
     steps = [c for c in calls["response_states"] if c["responses"].requires_grad is False]
     trained = [c for c in steps if len(c["prompts"]) < 112][-len(calls["dpo_loss"]) :]
-    for c in trained:  # at most 5 prompts of 28 pairs, each response once
+    for c in trained:  # at most 5 groups of 28 pairs, each response once
         assert len(c["prompts"].unique(dim=0)) <= 7
         texts = torch.cat([c["prompts"], c["responses"]], 1)
         assert len(texts.unique(dim=0)) == len(texts)
+
+
+def test_lines_that_follow_each_other_on_a_prompt_stand_together(monkeypatch, tmp_path):
+    """Not all of a prompt: groups of two lines, on two prompts in turn, two lines a step."""
+    prompts = ["".join(map(str, prompt)) for prompt in dpo.make_prompts()[0][:2].tolist()]
+    lines = [
+        {"prompt": prompts[k // 2 % 2], "chosen": f"{k}1", "rejected": f"{k}2"} for k in range(10)
+    ]
+    path = tmp_path / "judged.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    calls = programs.record(monkeypatch, dpo, "response_states")["response_states"]
+    run(preferences=path, minibatch_size=2, epochs=3)
+    found = [
+        sorted({y[0] for y in c["responses"].tolist()}) for c in calls if len(c["prompts"]) == 4
+    ]
+    passes = [found[:5], found[5:10], found[10:]]
+    groups = [[k, k + 1] for k in range(0, 10, 2)]
+    assert all(sorted(each) == groups for each in passes) and passes[0] != passes[1] != passes[2]
+    turns = [[group[0] // 2 % 2 for group in each] for each in passes]
+    assert any(turn not in (sorted(turn), sorted(turn)[::-1]) for turn in turns)
 
 
 def test_held_out_prompts_of_a_file_are_left_out(monkeypatch, tmp_path, capsys):
