@@ -29,6 +29,7 @@ import json
 import math
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -403,13 +404,16 @@ def run(side, job, start, look=None):
 # ------------------------------------------------------------------ The comparisons
 UNITS = {"grpo": "completions", "rloo": "completions", "dpo": "pairs", "reward": "pairs"}
 SIDES = ["ours", "TRL"]
+MIXED = "dpo, mixed pairs"
 
 
-def make_job(method, seed, start, steps=None, learning_rate=None, minibatches=4):
+def make_job(method, seed, start, steps=None, learning_rate=None, minibatches=4, mixed=False):
     """The scripts' defaults, in rollouts of 64 prompts × 8. With steps, for speed: so many of them.
 
-    minibatches: gradient steps a rollout of grpo. For speed the reward model gets larger batches
-    than by default, at which TRL is quicker.
+    minibatches: gradient steps a rollout of grpo. mixed: the pairs stand in random order, so that
+    dpo.py, as TRL always does, mixes them in a minibatch; it keeps together those that follow each
+    other on a prompt. For speed the reward model gets larger batches than by default, at which TRL
+    is quicker.
     """
     args = __import__(SCRIPTS[method]).Args
     job = Job(method, seed, learning_rate or args.learning_rate, BATCH)
@@ -427,6 +431,9 @@ def make_job(method, seed, start, steps=None, learning_rate=None, minibatches=4)
         groups = steps * job.batch // (size * (size - 1) // 2)
     if start is not None:
         job.pairs = draw_pairs(start, groups, size, args.annotator_temperature, seed)
+    if mixed:
+        rows = random.Random(seed).sample(range(len(job.pairs[0])), len(job.pairs[0]))
+        job.pairs = tuple([column[i] for i in rows] for column in job.pairs)
     return job
 
 
@@ -452,23 +459,23 @@ def best_rate(found, method, side):
     return float(max(tried, key=lambda x: statistics.mean(tried[x]))) if tried else None
 
 
-def measure_learning(method, seeds, rates, steps=None):
+def measure_learning(method, seeds, rates, steps=None, mixed=False):
     """What each side attains on the held-out prompts, one entry a seed."""
     results = {side: [] for side in SIDES}
     for seed in seeds:
         start = warm_start(seed)
         for side in SIDES:
-            job = make_job(method, seed, start, steps, rates[side])
+            job = make_job(method, seed, start, steps, rates[side], mixed=mixed)
             results[side].append(run(side, job, start)[0])
             shown = {name: round(x, 4) for name, x in results[side][-1].items()}
             say(f"{method}, learning, seed {seed}, {side}: {shown}")
     return results
 
 
-def measure_speed(method, turns, steps, minibatches=4):
+def measure_speed(method, turns, steps, **how):
     """Completions or pairs a second of each side, in turn."""
     start = warm_start(1)
-    job = make_job(method, 1, start, steps, minibatches=minibatches)
+    job = make_job(method, 1, start, steps, **how)
     rates = {side: [] for side in SIDES}
     for turn in range(turns + 1):
         for side in SIDES if turn % 2 else SIDES[::-1]:
@@ -644,12 +651,17 @@ def main():
             if method == "grpo":  # TRL is quickest so, and then needs no old log-probabilities
                 once = measure_speed(method, args.turns, args.steps, minibatches=1)
                 found["speed"]["grpo, 1 step a rollout"] = once
+            if method == "dpo":
+                found["speed"][MIXED] = measure_speed(method, args.turns, args.steps, mixed=True)
         if "rates" in args.parts and method in ("grpo", "rloo"):
             found["rates"][method] = choose_rates(method, args.rate_seeds, args.rates)
         rates = {side: best_rate(found, method, side) for side in SIDES}
         if "learning" in args.parts:
             steps = args.steps if args.quick else None
             found["learning"][method] = measure_learning(method, args.seeds, rates, steps)
+            if method == "dpo":
+                mixed = measure_learning(method, args.seeds, rates, steps, mixed=True)
+                found["learning"][MIXED] = mixed
         if "race" in args.parts and method != "reward":
             times = measure_race(method, args.seeds, args.goal, rates, args.threads)
             found["race"][method] = times

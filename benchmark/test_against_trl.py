@@ -4,6 +4,7 @@ without TRL (pip install -r benchmark/requirements.txt).
 Where the two differ by convention, the factor stands in the test, and in its name or docstring.
 """
 
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -490,6 +491,15 @@ def test_pairs_file_is_read_back(tmp_path):
     bench.write_pairs(pairs, tmp_path / "pairs.jsonl")
     columns = dpo.read_preferences(tmp_path / "pairs.jsonl")
     assert tuple(column.tolist() for column in columns[:3]) == pairs and not columns[3].any()
+
+
+def test_mixed_pairs_are_the_same_pairs():
+    start = random_gpt()
+    apart, mixed = (bench.make_job("dpo", 1, start, 2, mixed=m) for m in (False, True))
+    apart, mixed = (list(map(str, zip(*job.pairs, strict=True))) for job in (apart, mixed))
+    assert apart != mixed and sorted(apart) == sorted(mixed)
+    follows = [sum(a[:9] == b[:9] for a, b in itertools.pairwise(x)) for x in (apart, mixed)]
+    assert follows[0] > 0.9 * len(apart) and follows[1] < 0.2 * len(mixed)
 
 
 def test_the_clock_leaves_out_what_is_looked_at():
