@@ -276,14 +276,15 @@ def trl_trainer(job, start, folder):
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore")  # of names that will be others in the next versions
     steps = math.ceil(job.amount / job.epochs / job.batch) * job.epochs
+    rise, highest = (1 / 2, 1.0) if job.method == "dpo" else (1 / 11, 10 / 11)  # the scripts' own
     config = {
         "output_dir": folder,
         "seed": job.seed,
         "max_steps": steps,
         "per_device_train_batch_size": job.batch,
-        "learning_rate": job.learning_rate * 10 / 11,  # with the warm-up, the scripts' schedule
+        "learning_rate": job.learning_rate * highest,
         "lr_scheduler_type": "linear",
-        "warmup_steps": steps // 11,
+        "warmup_steps": int(steps * rise),
         "adam_beta2": 0.99,
         "weight_decay": job.weight_decay,
         "max_grad_norm": 1.0,

@@ -541,7 +541,7 @@ def test_first_loss_is_log_2_and_metrics_are_logged(monkeypatch):
     assert found == pytest.approx(first)
     steps = len(calls["dpo_loss"])
     done = [(k + 0.5) / steps for k in range(steps)]
-    rates = [dpo.Args.learning_rate * (10 * p if p < 1 / 11 else 1 - p) for p in done]
+    rates = [dpo.Args.learning_rate * (2 * p if p < 1 / 2 else 2 - 2 * p) for p in done]
     assert logged(calls, "learning_rate") == pytest.approx(rates)
 
 
