@@ -405,7 +405,7 @@ def run(side, job, start, look=None):
 # ------------------------------------------------------------------ The comparisons
 UNITS = {"grpo": "completions", "rloo": "completions", "dpo": "pairs", "reward": "pairs"}
 SIDES = ["ours", "TRL"]
-MIXED = "dpo, mixed pairs"
+MIXED = "dpo, mixed order"
 
 
 def make_job(method, seed, start, steps=None, learning_rate=None, minibatches=4, mixed=False):
