@@ -276,7 +276,8 @@ def trl_trainer(job, start, folder):
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore")  # of names that will be others in the next versions
     steps = math.ceil(job.amount / job.epochs / job.batch) * job.epochs
-    rise, highest = (1 / 2, 1.0) if job.method == "dpo" else (1 / 11, 10 / 11)  # the scripts' own
+    # The scripts' own schedules: the rate rises over a half or an 11th of the steps, so high.
+    part, highest = (2, 1.0) if job.method == "dpo" else (11, 10 / 11)
     config = {
         "output_dir": folder,
         "seed": job.seed,
@@ -284,7 +285,7 @@ def trl_trainer(job, start, folder):
         "per_device_train_batch_size": job.batch,
         "learning_rate": job.learning_rate * highest,
         "lr_scheduler_type": "linear",
-        "warmup_steps": int(steps * rise),
+        "warmup_steps": steps // part,
         "adam_beta2": 0.99,
         "weight_decay": job.weight_decay,
         "max_grad_norm": 1.0,
@@ -460,13 +461,13 @@ def best_rate(found, method, side):
     return float(max(tried, key=lambda x: statistics.mean(tried[x]))) if tried else None
 
 
-def measure_learning(method, seeds, rates, steps=None, mixed=False):
+def measure_learning(method, seeds, rates, steps=None, **how):
     """What each side attains on the held-out prompts, one entry a seed."""
     results = {side: [] for side in SIDES}
     for seed in seeds:
         start = warm_start(seed)
         for side in SIDES:
-            job = make_job(method, seed, start, steps, rates[side], mixed=mixed)
+            job = make_job(method, seed, start, steps, rates[side], **how)
             results[side].append(run(side, job, start)[0])
             shown = {name: round(x, 4) for name, x in results[side][-1].items()}
             say(f"{method}, learning, seed {seed}, {side}: {shown}")
