@@ -1,4 +1,4 @@
-"""The flags that choose another algorithm, each at the other defaults, over a few seeds.
+"""The flags that choose another algorithm, each at the other defaults, over five seeds.
 
     python benchmark/variants.py                     # prints a markdown table
     python benchmark/variants.py --only ppo.py dpo   # the lines that begin so
@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from statistics import mean, stdev
 
 import tyro
 
@@ -55,13 +56,18 @@ def run(line, seed):
         return script.main(tyro.cli(script.Args, args=words))
 
 
+def spread(values):
+    """Mean and standard deviation, as the tables have them; of one value, the value."""
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--only", nargs="+", default=[""])
     args = parser.parse_args()
     lines = [line for line in LINES if line.startswith(tuple(args.only))]
-    print("| command | success, each seed | optimality | KL, nats |\n|-|-|-|-|", flush=True)
+    print("| command | success | optimality | KL, nats |\n|-|-|-|-|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         for seed in args.seeds if any("rm.pt" in line for line in lines) else ():
@@ -69,7 +75,7 @@ def main():
         for line in lines:
             runs = [run(line.replace("rm.pt", f"{seed}rm.pt"), seed) for seed in args.seeds]
             names = "success", "optimality", "kl"
-            columns = [", ".join(f"{result[name]:.3f}" for result in runs) for name in names]
+            columns = [spread([result[name] for result in runs]) for name in names]
             print(f"| `{line}` | {' | '.join(columns)} |", flush=True)
 
 

@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +62,13 @@ def run_in_a_shell(script, folder):
     command = [sys.executable, str(ROOT / f"{script}.py"), *words]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder)
     lines = done.stdout.splitlines()
-    assert lines[0].startswith(f"{script}.py") and "100%" in lines[-2]
+    assert lines[0].startswith(f"{script}.py")
+    assert len(lines) == 1 + 640 // 64 + 1  # a line of progress every rollout, as they are so few
+    pace = [
+        re.search(r" ([\d,]+) episodes/s +(\d+) s left$", line).groups() for line in lines[1:-1]
+    ]
+    assert all(int(speed.replace(",", "")) > 10 for speed, _ in pace)
+    assert lines[1].startswith(" 10%") and lines[-2].startswith("100%") and pace[-1][1] == "0"
     assert lines[-1].startswith("held-out success") and "optimality" in lines[-1]
     assert {p.name for p in folder.iterdir()} == {"runs", "model.pt"}
     saved = torch.load(folder / "model.pt", weights_only=True)
