@@ -64,11 +64,13 @@ def run_in_a_shell(script, folder):
     lines = done.stdout.splitlines()
     assert lines[0].startswith(f"{script}.py")
     assert len(lines) == 1 + 640 // 64 + 1  # a line of progress every rollout, as they are so few
-    pace = [
-        re.search(r" ([\d,]+) episodes/s +(\d+) s left$", line).groups() for line in lines[1:-1]
-    ]
-    assert all(int(speed.replace(",", "")) > 10 for speed, _ in pace)
-    assert lines[1].startswith(" 10%") and lines[-2].startswith("100%") and pace[-1][1] == "0"
+    form = r" *(\d+)%  score ([01]\.\d{3})  KL -?\d\.\d{3}  +([\d,]+) episodes/s +(\d+) s left"
+    shares, scores, speeds, left = zip(
+        *(re.fullmatch(form, line).groups() for line in lines[1:-1]), strict=True
+    )
+    assert shares[0] == "10" and shares[-1] == "100" and left[-1] == "0"
+    assert all(float(score) <= 1 for score in scores)
+    assert all(int(speed.replace(",", "")) > 10 for speed in speeds)
     assert lines[-1].startswith("held-out success") and "optimality" in lines[-1]
     assert {p.name for p in folder.iterdir()} == {"runs", "model.pt"}
     saved = torch.load(folder / "model.pt", weights_only=True)

@@ -134,6 +134,12 @@ def test_bad_values_end_with_one_line_and_nothing_written(flag, value, capsys, t
     assert list(tmp_path.iterdir()) == []
 
 
+def test_values_at_the_border_are_taken():
+    ppo.check_args(ppo.Args(seed=0, kl_coef=0.0, gamma=0.0, gae_lambda=0.0, vf_coef=0.0))
+    ppo.check_args(ppo.Args(seed=2**63 - 1, gamma=1.0, gae_lambda=1.0, num_minibatches=256))
+    ppo.check_args(ppo.Args(total_episodes=256, update_epochs=1, num_minibatches=1, sft_steps=0))
+
+
 @pytest.mark.parametrize(
     "flags,named",
     [
@@ -249,6 +255,23 @@ def test_only_responses_without_eos_pay_the_penalty(monkeypatch):
         assert 0 < cut_off.sum() < len(cut_off)
         assert (rewards[cut_off] == torch.tensor([0, 0, -7])).all()
         assert (rewards[~cut_off] >= 0).all()
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_the_critic_starts_without_an_opinion(monkeypatch, separate):
+    calls = spy(monkeypatch, "compute_gae")
+    run(separate_critic=separate, total_episodes=64)
+    ((_, values, *_), _) = calls[0]
+    assert values.unique().numel() == 1  # its bias
+
+
+def test_the_score_of_a_response_is_the_sum_of_its_rewards(monkeypatch, tmp_path):
+    calls = spy(monkeypatch, "process_reward")
+    run(reward="process", tensorboard=True, total_episodes=64)
+    (_, paid), *_ = [call for call in calls if len(call[1]) == 64]
+    events = EventAccumulator(str(next((tmp_path / "runs").iterdir())))
+    events.Reload()
+    assert events.Scalars("charts/score")[0].value == pytest.approx(paid.sum(1).mean().item())
 
 
 def test_returns_are_those_before_whitening(monkeypatch):
