@@ -596,6 +596,12 @@ def test_large_beta_holds_the_policy_back():
     assert run(beta=3.0, epochs=10)["kl"] < 0.5 * run(beta=0.3, epochs=10)["kl"]
 
 
+def test_values_at_the_border_are_taken():
+    check, args = dpo.check_args, dpo.Args
+    check(args(seed=0, sft_steps=0, num_responses=2, group_size=2, epochs=1, minibatch_size=1))
+    check(args(seed=2**63 - 1, loss_type="robust", label_smoothing=0.49))
+
+
 BAD = [
     *[("num_responses", v) for v in (0, 3)],
     *[("group_size", v) for v in (0, 1)],

@@ -565,6 +565,11 @@ def test_bad_values_end_with_one_line_and_nothing_written(flag, value, capsys, t
     assert list(tmp_path.iterdir()) == []
 
 
+def test_values_at_the_border_are_taken():
+    grpo.check_args(grpo.Args(seed=0, kl_coef=0.0, sft_steps=0, group_size=1, update_epochs=1))
+    grpo.check_args(grpo.Args(seed=2**63 - 1, total_episodes=256, num_minibatches=256))
+
+
 @pytest.mark.parametrize(
     "words", [["--loss-type", "ppo"], ["--kl-estimator", "k1"], ["--gae", "1"]]
 )

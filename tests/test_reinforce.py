@@ -402,6 +402,15 @@ def test_every_flag_and_choice_changes_the_outcome():
     assert len({result["entropy"] for result in results}) == len(results)
 
 
+def test_values_at_the_border_are_taken():
+    check, args = reinforce.check_args, reinforce.Args
+    check(args(seed=0, kl_coef=0.0, sft_steps=0, gamma=0.0, group_size=2))
+    check(args(seed=2**63 - 1, gamma=1.0, total_episodes=256, group_size=256))
+    check(args(baseline="batch-mean", batch_size=2, group_size=1))
+    check(args(baseline="value", vf_coef=0.0))
+    check(args(objective="rwr", rwr_top_fraction=1.0))
+
+
 BAD = {
     "batch_size": [0, 1000],
     "total_episodes": [0, 10],
@@ -427,6 +436,7 @@ TOGETHER = [
     ({"baseline": "batch-mean", "batch_size": 1, "group_size": 1}, "--baseline batch-mean"),
     ({"baseline": "rloo", "group_size": 1}, "--baseline rloo"),
 ]
+
 NAMED = {("batch_size", 1000): "--total-episodes", ("group_size", 1): "--baseline rloo"}
 
 

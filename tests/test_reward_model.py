@@ -738,6 +738,15 @@ def test_held_out_prompts_of_a_file_are_not_learned_from(capsys, monkeypatch):
 
 FILE = {"preferences": Path("missing.jsonl"), "num_responses": reward_model.Args.num_responses}
 PLAIN = {name: getattr(reward_model.Args, name) for name in ("epochs", "minibatch_size")} | FILE
+
+
+def test_values_at_the_border_are_taken(tmp_path):
+    check, args = reward_model.check_args, reward_model.Args
+    check(args(seed=0, sft_steps=0, num_responses=2, group_size=2, epochs=1, minibatch_size=1))
+    check(args(seed=2**63 - 1, weight_decay=0.0, ensemble_size=1))
+    check(args(annotate=1, preferences=tmp_path / "new.jsonl"))
+
+
 BAD = [
     ({"num_responses": 0}, "num-responses"),
     ({"num_responses": 7}, "num-responses"),
