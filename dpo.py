@@ -15,7 +15,7 @@ group costs no more passes, as a response is read once a step for all its pairs 
 Ouyang et al. 2022, arXiv:2203.02155, section 3.5). In mixed order, as those of a file may be, pairs
 take several times as long and teach a little more. Learning rate: too high a one throws the policy
 off, and it does not come back, as there are no new samples to correct it. Early steps do it most
-easily, so the rate rises slowly: with a short rise β = 0.2 fails with some seeds.
+easily, so the rate rises slowly, over half the run.
 
 The task: given three digits, write two more and EOS, so that all five sum to 20. A small GPT is
 fitted to demonstrations, frozen as the reference, then tuned. All its responses can be enumerated,
