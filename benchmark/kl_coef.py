@@ -5,7 +5,7 @@ python benchmark/kl_coef.py    # prints a markdown table
 
 import argparse
 
-from variants import run, spread
+from variants import print_place, run, spread
 
 
 def main():
@@ -20,6 +20,7 @@ def main():
         names = "success", "kl", "entropy", "optimality"
         columns = [spread([result[name] for result in runs]) for name in names]
         print(f"| {kl_coef} | {' | '.join(columns)} |", flush=True)
+    print_place(args.seeds)
 
 
 if __name__ == "__main__":

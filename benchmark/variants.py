@@ -16,7 +16,9 @@ import tempfile
 from pathlib import Path
 from statistics import mean, stdev
 
+import torch
 import tyro
+from run import machine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 LINES = """
@@ -61,6 +63,16 @@ def spread(values):
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
+def print_place(seeds):
+    """What stands below a table: which seeds, and where and with what it was made."""
+    m = machine(torch.get_num_threads())
+    of = "mean ± standard deviation of " if len(seeds) > 1 else ""
+    print(
+        f"\n{of}seeds {', '.join(map(str, seeds))}; {m['cpu']}, {m['threads']} of {m['cores']}"
+        f" cores, Python {m['python']}, torch {m['torch']}, {m['date']}, commit {m['commit']}"
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
@@ -77,6 +89,7 @@ def main():
             names = "success", "optimality", "kl"
             columns = [spread([result[name] for result in runs]) for name in names]
             print(f"| `{line}` | {' | '.join(columns)} |", flush=True)
+    print_place(args.seeds)
 
 
 if __name__ == "__main__":
