@@ -95,3 +95,27 @@ def check_reference_is_frozen(monkeypatch, run):
     after = reference.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not any(p.requires_grad for p in reference.parameters())
+
+
+def check_policy_images(monkeypatch, script, run):
+    """The pictures of a run with TensorBoard: of each prompt π(d4, d5), d4 down and d5 right, as
+    the square root, before training in the first row of pictures and after it in the second."""
+    drawn, tables, table = [], [], script.response_distribution
+
+    def keep(*args):
+        tables.append(table(*args))
+        return tables[-1]
+
+    monkeypatch.setattr(script, "response_distribution", keep)
+    monkeypatch.setattr(script.SummaryWriter, "add_images", lambda *a: drawn.append(a))
+    run()
+    ((_, tag, pictures, _),) = drawn
+    before, after = tables
+    assert tag == "policy" and pictures.shape == (2 * len(before), 1, 94, 94)
+    number = {tuple(y): i for i, y in enumerate(script.all_responses().tolist())}
+    for d4, d5 in ((0, 0), (2, 9), (9, 2), (9, 9)):
+        logprobs = torch.cat([before, after])[:, number[d4, d5, script.EOS]]
+        square = pictures[:, 0, 2 + 9 * d4 : 11 + 9 * d4, 2 + 9 * d5 : 11 + 9 * d5]
+        expected = (logprobs / 2).exp()[:, None, None].expand_as(square)
+        torch.testing.assert_close(square, expected)
+    assert (pictures[:, :, :2] == 0.5).all() and (pictures[:, :, :, -2:] == 0.5).all()

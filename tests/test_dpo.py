@@ -675,6 +675,10 @@ def test_program_in_a_shell(tmp_path):
     assert events.name.startswith("dpo__1__") and any(events.iterdir())
 
 
+def test_the_pictures_show_the_policy_before_and_after(monkeypatch):
+    programs.check_policy_images(monkeypatch, dpo, lambda: run(tensorboard=True))
+
+
 def test_reference_is_frozen_and_nothing_is_left_behind(monkeypatch, tmp_path):
     programs.check_reference_is_frozen(monkeypatch, run)
     assert list(tmp_path.iterdir()) == []

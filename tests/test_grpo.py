@@ -604,6 +604,10 @@ def test_the_learning_rate_rises_then_falls(monkeypatch):
     assert logged(calls, "learning_rate") == pytest.approx(rates)
 
 
+def test_the_pictures_show_the_policy_before_and_after(monkeypatch):
+    programs.check_policy_images(monkeypatch, grpo, lambda: run(tensorboard=True))
+
+
 def test_reference_is_frozen_and_nothing_is_left_behind(monkeypatch, tmp_path):
     programs.check_reference_is_frozen(monkeypatch, run)
     assert list(tmp_path.iterdir()) == []

@@ -198,6 +198,10 @@ def test_bad_value_in_a_shell(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_pictures_show_the_policy_before_and_after(monkeypatch):
+    programs.check_policy_images(monkeypatch, ppo, lambda: run(tensorboard=True))
+
+
 def test_reference_is_frozen_and_nothing_is_left_behind(monkeypatch, tmp_path):
     programs.check_reference_is_frozen(monkeypatch, run)
     assert list(tmp_path.iterdir()) == []
