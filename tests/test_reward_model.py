@@ -971,7 +971,9 @@ def test_pipeline_in_a_shell(tmp_path):
     command = [sys.executable, str(programs.ROOT / "reward_model.py"), *words.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("reward_model.py") and "100%" in lines[-2]
+    assert lines[0].startswith("reward_model.py")
+    speed, left = re.fullmatch(r"100%  loss .* (\d+) steps/s +(\d+) s left", lines[-2]).groups()
+    assert int(speed) > 0 and left == "0"
     assert lines[-1].startswith("held-out pair accuracy") and "best of 16" in lines[-1]
     assert {p.name for p in tmp_path.iterdir()} == {"runs", "rm.pt"}
     saved = torch.load(tmp_path / "rm.pt", weights_only=True)
