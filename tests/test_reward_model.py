@@ -614,6 +614,26 @@ def test_annotation_in_a_terminal(tmp_path, monkeypatch, capsys):
     assert "left out" not in capsys.readouterr().out
 
 
+def test_no_pair_is_asked_for_twice(tmp_path, monkeypatch, capsys):
+    eos = reward_model.EOS
+    one, other, third = [7, 3, eos], [1, 1, eos], [9, eos, eos]
+    drawn = [[one, other], [other, one], [one, one], [one, other], [third, one]]
+    monkeypatch.setattr(reward_model, "generate", lambda *_: torch.tensor(drawn.pop(0)))
+    monkeypatch.setattr("builtins.input", lambda _: "b")
+    path = tmp_path / "mine.jsonl"
+    reward_model.judge_pairs(None, torch.tensor([[4, 3, 3]]), path, 2)
+    assert drawn == [] and len(path.read_text().splitlines()) == 2
+    drawn += [[one, third], [third, other]]  # nor when it goes on
+    reward_model.judge_pairs(None, torch.tensor([[4, 3, 3]]), path, 3)
+    assert drawn == []
+    judged = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["chosen"], line["rejected"]) for line in judged] == [
+        ("11", "73"),
+        ("73", "9"),
+        ("11", "9"),
+    ]
+
+
 def test_a_line_without_an_end_is_ended_before_the_next(tmp_path, monkeypatch):
     path = Path("mine.jsonl")
     path.write_text(GOOD)
