@@ -449,7 +449,10 @@ def test_evaluation_of_an_ensemble():
     )
     gaps = (members[0] - members[1]).abs() / 2  # deviation of two over N
     assert found["disagreement"] == pytest.approx((gaps * probs).sum().item() / 2)
-    assert found["best_of_16"] <= found["best_of_16_attainable"]
+    for name, judge in (("best_of_16", logits), ("best_of_16_attainable", rewards)):
+        best = reward_model.best_of_n(judge, rewards, probs, 16).item()
+        assert found[name] == pytest.approx(best, rel=1e-12)
+    assert found["best_of_16"] < found["best_of_16_attainable"]
 
 
 # ---------------------------------------------------------------- Files of judgements
