@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -590,7 +591,12 @@ def test_tables_of_the_ladder(capsys):
     assert [line.split()[0] for line in table[1:11]] == list(digits.METHODS)
     assert all("±" in line for line in table[1:11])
     assert table[2].endswith("91.26*") and table[7].endswith("98.91*")
-    assert "Greedy answers of" in out
+    last = [line.split() for line in out.splitlines() if re.match(r"\S+ +2 +2 .*%", line)]  # seed 2
+    held_out = {row[0]: float(row[4].rstrip("%")) for row in last}
+    distinct = {row[0]: int(row[5]) for row in last}
+    best, *collapsed = re.findall("Greedy answers of (\\S+) to held-out prompts, seed 2:", out)
+    assert held_out[best] == max(held_out.values()) > min(held_out.values())
+    assert distinct[[best, *collapsed][-1]] == min(distinct.values()) < max(distinct.values())
     for line in out.splitlines():
         if line.endswith(("right |", "wrong |")):
             digits_shown = [
