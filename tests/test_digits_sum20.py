@@ -615,7 +615,10 @@ def test_a_figure_of_the_post_is_compared_as_it_is_rounded(capsys):
             for n in (170, right)
         ]
         digits.print_results({"sl-then-rl": runs})
-        assert capsys.readouterr().out.splitlines()[-1].endswith(f" 98.91{star}")
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert line.endswith(f" 98.91{star}")
+        mean, std = (170 + right) / 1.83 / 2, (right - 170) / 1.83 / 2**0.5
+        assert f"100.0 ±  0.0  {mean:.1f} ± {std:4.1f}   9.0 ±  0.0" in line
 
 
 def test_as_a_program(tmp_path):
