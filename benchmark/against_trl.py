@@ -49,6 +49,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E40
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from report import spread  # noqa: E402
+
 import grpo  # noqa: E402
 
 PROMPTS, GROUP = 64, 8  # a rollout
@@ -276,7 +278,7 @@ def trl_trainer(job, start, folder):
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore")  # of names that will be others in the next versions
     steps = math.ceil(job.amount / job.epochs / job.batch) * job.epochs
-    # The scripts' own schedules: the rate rises over a half or an 11th of the steps, so high.
+    # The scripts' own schedules: the rate rises over 1/2 or 1/11 of the steps, to this height.
     part, highest = (2, 1.0) if job.method == "dpo" else (11, 10 / 11)
     config = {
         "output_dir": folder,
@@ -558,12 +560,6 @@ def machine():
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "load": os.getloadavg()[0],
     }
-
-
-def spread(values, digits=3):
-    """Mean ± standard deviation."""
-    text = f"{statistics.mean(values):,.{digits}f}"
-    return text + (f" ± {statistics.stdev(values):,.{digits}f}" if len(values) > 1 else "")
 
 
 def tables(found):

@@ -5,7 +5,8 @@ python benchmark/kl_coef.py    # prints a markdown table
 
 import argparse
 
-from variants import print_place, run, spread
+from report import spread
+from variants import print_place, run
 
 
 def main():

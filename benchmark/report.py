@@ -39,12 +39,20 @@ ABOUT = {  # objective, supervision needed, models in memory
 
 
 def spread(values, digits=3):
-    """Mean ± standard deviation over seeds."""
-    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+    """Mean ± standard deviation over seeds; of one value, the value."""
+    text = f"{mean(values):.{digits}f}"
+    return text + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def column(result, name):
     return [run[name] for run in result["runs"]]
+
+
+def place(machine):
+    """Where and with what numbers were made, from what machine() of run.py says."""
+    return "{cpu}, {cores} cores, Python {python}, torch {torch}, {date}, commit {commit}.".format(
+        **machine
+    )
 
 
 def where(results, scripts):
@@ -55,8 +63,7 @@ def where(results, scripts):
     names = " ".join(f"'{script}'" if " " in script else script for script in scripts)
     return (
         f"`python benchmark/run.py --scripts {names} --threads {m['threads']}`: seeds 1"
-        f" to {seeds}, mean ± standard deviation. {m['cpu']}, {m['cores']} cores, Python"
-        f" {m['python']}, torch {m['torch']}, {dates}, commit {commits}."
+        f" to {seeds}, mean ± standard deviation. {place(m | {'date': dates, 'commit': commits})}"
     )
 
 

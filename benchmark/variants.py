@@ -14,10 +14,10 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from statistics import mean, stdev
 
 import torch
 import tyro
+from report import place, spread
 from run import machine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -58,19 +58,11 @@ def run(line, seed):
         return script.main(tyro.cli(script.Args, args=words))
 
 
-def spread(values):
-    """Mean and standard deviation, as the tables have them; of one value, the value."""
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
-
-
 def print_place(seeds):
     """What stands below a table: which seeds, and where and with what it was made."""
-    m = machine(torch.get_num_threads())
-    of = "mean ± standard deviation of " if len(seeds) > 1 else ""
-    print(
-        f"\n{of}seeds {', '.join(map(str, seeds))}; {m['cpu']}, {m['threads']} of {m['cores']}"
-        f" cores, Python {m['python']}, torch {m['torch']}, {m['date']}, commit {m['commit']}"
-    )
+    threads = torch.get_num_threads()
+    numbers = ", ".join(map(str, seeds))
+    print(f"\nSeeds {numbers}, torch on {threads} of the cores. {place(machine(threads))}")
 
 
 def main():

@@ -594,7 +594,7 @@ def test_tables_of_the_ladder(capsys):
     last = [line.split() for line in out.splitlines() if re.match(r"\S+ +2 +2 .*%", line)]  # seed 2
     held_out = {row[0]: float(row[4].rstrip("%")) for row in last}
     distinct = {row[0]: int(row[5]) for row in last}
-    best, *collapsed = re.findall("Greedy answers of (\\S+) to held-out prompts, seed 2:", out)
+    best, *collapsed = re.findall(r"Greedy answers of (\S+) to held-out prompts, seed 2:", out)
     assert held_out[best] == max(held_out.values()) > min(held_out.values())
     assert distinct[[best, *collapsed][-1]] == min(distinct.values()) < max(distinct.values())
     for line in out.splitlines():

@@ -436,7 +436,6 @@ TOGETHER = [
     ({"baseline": "batch-mean", "batch_size": 1, "group_size": 1}, "--baseline batch-mean"),
     ({"baseline": "rloo", "group_size": 1}, "--baseline rloo"),
 ]
-
 NAMED = {("batch_size", 1000): "--total-episodes", ("group_size", 1): "--baseline rloo"}
 
 
