@@ -19,7 +19,7 @@ is -sum(credit · log π(answer | prompt)) in all rows; what differs is which an
   (a baseline, a learning rate that falls to 0) and the bonus must fade in the end. Labels beside
   it ("joint") are followed early, then faded: imitation to the last would learn by heart again.
 
-    python digits_sum20.py                               # the whole ladder, minutes on one core
+    python digits_sum20.py                               # the whole ladder, a row a core: minutes
     python digits_sum20.py --num-seeds 10                # mean ± standard deviation
     python digits_sum20.py --method rl --ent-coef 0.05   # one row, with a knob turned
 """
@@ -35,8 +35,10 @@ import random
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, product
+from multiprocessing import get_context
 from typing import Literal
 
 import torch
@@ -276,11 +278,19 @@ def measure(model, prompts):
     }
 
 
-def print_predictions(model, prompts):
-    """A table of greedy answers to prompts (N, 3)."""
+def print_progress(method, seed, epoch, metrics, seconds_left):
+    """A line about a run, below the heads that main prints."""
+    print(
+        f"{method:16} {seed:5} {epoch:6} {metrics['train/accuracy']:7.1%}"
+        f" {metrics['eval/accuracy']:9.1%} {metrics['eval/distinct']:9}"
+        f" {metrics['eval/cross_entropy']:14.4f}{seconds_left:9.0f} s"
+    )
+
+
+def print_predictions(prompts, answers):
+    """A table of prompts (N, 3) and greedy answers (N,), both lists."""
     print("|   input   | output | sum |       |\n|-----------|--------|-----|-------|")
-    answers = model(one_hot(prompts)).argmax(1)
-    for prompt, answer in zip(prompts.tolist(), answers.tolist(), strict=True):
+    for prompt, answer in zip(prompts, answers, strict=True):
         output = [answer // 10, answer % 10]
         total = sum(prompt + output)
         print(f"| {prompt} | {output} | {total:3} | {'right' if total == TARGET else 'wrong'} |")
@@ -303,59 +313,71 @@ def print_results(results):
         print(f"{line}{f'{low:.1f}-{high:.1f}':>13}{seconds:9.1f}{post or '-':>9}{star}")
 
 
+def run(args, method, seed, folder, alone):
+    """Train one row with one seed. Returns its results, and its answers to ten held-out prompts.
+
+    Curves go to the folder, if there is one. A run that is alone says how it gets on.
+    """
+    start = time.perf_counter()
+    torch.set_num_threads(1)  # the tensors are so small that a second thread only costs time
+    torch.manual_seed(seed)
+    (train_prompts, held_out), knobs = split_prompts(), choose_knobs(args, method)
+    model = make_model(args.hidden_dim)
+    writer = SummaryWriter(f"{folder}/{method}-{seed}") if folder else None
+    warm = round(knobs.get("sft_fraction", 0) * args.epochs)
+    # One generator after the other: like the post, RL begins with a new optimizer.
+    warm_start = train(model, train_prompts, METHODS["sl-weight-decay"], warm)
+    steps = chain(warm_start, train(model, train_prompts, knobs, args.epochs - warm))
+    for epoch, _ in enumerate(steps):
+        last = epoch == args.epochs - 1
+        if epoch % max(1, args.epochs // 100) and not last:
+            continue
+        metrics = {f"train/{name}": v for name, v in measure(model, train_prompts).items()}
+        metrics |= {f"eval/{name}": v for name, v in measure(model, held_out).items()}
+        if not math.isfinite(metrics["train/cross_entropy"]):
+            sys.exit(f"error: {method} diverged by epoch {epoch}; lower --learning-rate")
+        for tag, value in metrics.items() if writer else ():
+            writer.add_scalar(tag, value, epoch)
+        seconds = time.perf_counter() - start
+        if alone and epoch % max(1, args.epochs // 10) == 0 and not last:
+            left = seconds * (args.epochs / (epoch + 1) - 1)
+            print_progress(method, seed, epoch, metrics, left)
+    if writer:
+        writer.close()
+    with torch.no_grad():
+        answers = model(one_hot(held_out[:10])).argmax(1)
+    return metrics | {"seconds": seconds}, answers.tolist()
+
+
 def main(args: Args) -> dict[str, float]:
     """Run one row, or all of them. Returns means over the seeds, by "row/result"."""
     check_args(args)
     start = time.perf_counter()
-    torch.set_num_threads(1)  # the tensors are so small that a second thread only costs time
-    train_prompts, held_out = split_prompts()
     methods = METHODS if args.method == "ladder" else [args.method]
-    runs = [(method, args.seed + i) for method in methods for i in range(args.num_seeds)]
+    runs = list(product(methods, range(args.seed, args.seed + args.num_seeds)))
     print(f"digits_sum20.py: cpu, seed {args.seed}, {len(runs)} runs, {args.hidden_dim} units")
+    folder = f"runs/digits_sum20__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}"
     if args.tensorboard:
-        now = time.strftime("%Y-%m-%d-%H%M%S")
-        writer = SummaryWriter(f"runs/digits_sum20__{args.seed}__{now}")
         rows = "".join(f"|{flag}|{value}|\n" for flag, value in vars(args).items())
-        writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{rows}")
+        with SummaryWriter(folder) as writer:
+            writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{rows}")
     print("row               seed  epoch   train  held-out  distinct  held-out loss  time left")
-    results, models = {method: [] for method in methods}, {}
-    for number, (method, seed) in enumerate(runs):
-        run_start = time.perf_counter()
-        torch.manual_seed(seed)
-        knobs, model = choose_knobs(args, method), make_model(args.hidden_dim)
-        warm = round(knobs.get("sft_fraction", 0) * args.epochs)
-        # One generator after the other: like the post, RL begins with a new optimizer.
-        warm_start = train(model, train_prompts, METHODS["sl-weight-decay"], warm)
-        steps = chain(warm_start, train(model, train_prompts, knobs, args.epochs - warm))
-        for epoch, _ in enumerate(steps):
-            last = epoch == args.epochs - 1
-            if epoch % max(1, args.epochs // 100) and not last:
-                continue
-            metrics = {f"train/{name}": v for name, v in measure(model, train_prompts).items()}
-            metrics |= {f"eval/{name}": v for name, v in measure(model, held_out).items()}
-            if not math.isfinite(metrics["train/cross_entropy"]):
-                sys.exit(f"error: {method} diverged by epoch {epoch}; lower --learning-rate")
-            if args.tensorboard:
-                for tag, value in metrics.items():
-                    writer.add_scalar(f"{tag}/{method}-{seed}", value, epoch)
-            if last or (len(runs) == 1 and epoch % max(1, args.epochs // 10) == 0):
-                done = number + (epoch + 1) / args.epochs
-                left = (time.perf_counter() - start) * (len(runs) / done - 1)
-                print(
-                    f"{method:16} {seed:5} {epoch:6} {metrics['train/accuracy']:7.1%}"
-                    f" {metrics['eval/accuracy']:9.1%} {metrics['eval/distinct']:9}"
-                    f" {metrics['eval/cross_entropy']:14.4f}{f'{left:9.0f} s' if epoch else ''}"
-                )
-        results[method].append(metrics | {"seconds": time.perf_counter() - run_start})
-        models[method] = model
-    if args.tensorboard:
-        writer.close()
+    results, answers = {method: [] for method in methods}, {}
+    jobs = [(args, *each, args.tensorboard and folder, len(runs) == 1) for each in runs]
+    with ProcessPoolExecutor(min(len(jobs), os.cpu_count()), get_context("spawn")) as pool:
+        # Several runs share the cores, a process each; one alone stays in this process.
+        done = (pool.map if len(jobs) > 1 else map)(run, *zip(*jobs, strict=True))
+        for (method, seed), (metrics, answers[method]) in zip(runs, done, strict=True):
+            results[method].append(metrics)
+            number = sum(map(len, results.values()))
+            left = (time.perf_counter() - start) * (len(runs) / number - 1)
+            print_progress(method, seed, args.epochs - 1, metrics, left)
     print_results(results)
-    best = max(models, key=lambda method: results[method][-1]["eval/accuracy"])
-    collapsed = min(models, key=lambda method: results[method][-1]["eval/distinct"])
+    best = max(results, key=lambda method: results[method][-1]["eval/accuracy"])
+    collapsed = min(results, key=lambda method: results[method][-1]["eval/distinct"])
     for method in dict.fromkeys((best, collapsed)):
         print(f"\nGreedy answers of {method} to held-out prompts, seed {runs[-1][1]}:")
-        print_predictions(models[method], held_out[:10])
+        print_predictions(split_prompts()[1][:10].tolist(), answers[method])
     return {
         f"{method}/{name}": statistics.mean(run[name] for run in rows)
         for method, rows in results.items()

@@ -1,5 +1,7 @@
 """digits_sum20.py against float64 loops and enumerations that share no code with it."""
 
+import contextlib
+import io
 import itertools
 import math
 import os
@@ -102,7 +104,6 @@ def test_held_out_prompts_are_never_trained_on(monkeypatch):
         return model
 
     monkeypatch.setattr(digits, "make_model", watched_model)
-    monkeypatch.setattr(digits, "print_predictions", lambda model, prompts: None)
     for method in digits.METHODS:
         seen.clear()
         results(method, 10)
@@ -561,19 +562,34 @@ def test_a_run_that_diverges_says_so():
     assert "lower --learning-rate" in stop.value.code  # the message, and status 1
 
 
-def test_same_seed_same_results(capsys):
-    def run(**given):
-        means = digits.main(digits.Args(tensorboard=False, epochs=5, **given))
-        return {name: value for name, value in means.items() if "seconds" not in name}
+@pytest.fixture(scope="module")
+def ladder(tmp_path_factory):
+    """What the whole ladder returns with two seeds, what it prints, and where its curves are."""
+    folder, lines = tmp_path_factory.mktemp("ladder"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(lines):
+        patch.chdir(folder)
+        means = digits.main(digits.Args(epochs=20, num_seeds=2))
+    return means, lines.getvalue(), folder
 
-    first = run()
-    assert first == run()
-    assert {name.split("/")[0] for name in first} == set(digits.METHODS)
-    other = run(seed=2)
-    assert first != other
-    both = run(num_seeds=2)
-    for name, value in both.items():
-        assert value == pytest.approx((first[name] + other[name]) / 2)
+
+def test_same_seed_same_results(ladder):
+    """In a process beside others or alone, and whatever ran before."""
+    means = {name: value for name, value in ladder[0].items() if "seconds" not in name}
+    assert {name.split("/")[0] for name in means} == set(digits.METHODS)
+    for method in digits.METHODS:
+        first, other = (results(method, 20, seed) for seed in (1, 2))
+        assert first["eval/cross_entropy"] != other["eval/cross_entropy"]
+        for name in first.keys() - {"seconds"}:
+            assert means.pop(f"{method}/{name}") == pytest.approx((first[name] + other[name]) / 2)
+    assert not means
+
+
+def test_a_run_beside_others_that_diverges_says_so(capfd):
+    with pytest.raises(SystemExit) as stop:
+        results("rl-entropy", 50, num_seeds=2, learning_rate=1e18)
+    assert stop.value.code == "error: rl-entropy diverged by epoch 0; lower --learning-rate"
+    out, err = capfd.readouterr()
+    assert "%" not in out and not err
 
 
 def test_progress_of_a_single_run(capsys):
@@ -584,16 +600,17 @@ def test_progress_of_a_single_run(capsys):
     assert "64 units" in out[0] and "seed 1" in out[0]
 
 
-def test_tables_of_the_ladder(capsys):
-    digits.main(digits.Args(tensorboard=False, epochs=3, num_seeds=2))
-    out = capsys.readouterr().out
+def test_tables_of_the_ladder(ladder):
+    out = ladder[1]
+    lines = re.findall(r"^(\S+) +([12]) +19 +([\d.]+)% +([\d.]+)% +(\d+) .* (\d+) s$", out, re.M)
+    in_turn = [(method, seed) for method in digits.METHODS for seed in "12"]
+    assert [line[:2] for line in lines] == in_turn and lines[-1][-1] == "0"
     table = out[out.index("\nrow ", 200) :].splitlines()[1:]
     assert [line.split()[0] for line in table[1:11]] == list(digits.METHODS)
     assert all("±" in line for line in table[1:11])
     assert table[2].endswith("91.26*") and table[7].endswith("98.91*")
-    last = [line.split() for line in out.splitlines() if re.match(r"\S+ +2 +2 .*%", line)]  # seed 2
-    held_out = {row[0]: float(row[4].rstrip("%")) for row in last}
-    distinct = {row[0]: int(row[5]) for row in last}
+    held_out = {line[0]: float(line[3]) for line in lines[1::2]}  # of seed 2
+    distinct = {line[0]: int(line[4]) for line in lines[1::2]}
     best, *collapsed = re.findall(r"Greedy answers of (\S+) to held-out prompts, seed 2:", out)
     assert held_out[best] == max(held_out.values()) > min(held_out.values())
     assert distinct[[best, *collapsed][-1]] == min(distinct.values()) < max(distinct.values())
@@ -634,16 +651,19 @@ def test_as_a_program(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_curves(tmp_path):
+def test_curves(ladder):
+    """A folder a run, so that the runs share a chart."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    digits.main(digits.Args(method="joint", epochs=200, num_seeds=2))
-    (folder,) = (tmp_path / "runs").iterdir()
+    (folder,) = (ladder[2] / "runs").iterdir()
     assert folder.name.startswith("digits_sum20__1__")
-    events = EventAccumulator(str(folder)).Reload()
-    tags = events.Tags()["scalars"]
-    for seed in (1, 2):
-        for name in ("accuracy", "distinct", "cross_entropy", "entropy"):
-            assert f"train/{name}/joint-{seed}" in tags and f"eval/{name}/joint-{seed}" in tags
-    steps = [point.step for point in events.Scalars("eval/accuracy/joint-1")]
-    assert steps == [*range(0, 200, 2), 199]
+    found = {child.name: child for child in folder.iterdir() if child.is_dir()}
+    assert set(found) == {f"{method}-{seed}" for method in digits.METHODS for seed in (1, 2)}
+    measures = "accuracy distinct cross_entropy entropy".split()
+    names = {f"{part}/{name}" for part in ("train", "eval") for name in measures}
+    for child in found.values():
+        assert set(EventAccumulator(str(child)).Reload().Tags()["scalars"]) == names
+    digits.main(digits.Args(method="joint", epochs=200))
+    (folder,) = Path("runs").iterdir()
+    events = EventAccumulator(str(folder / "joint-1")).Reload()
+    assert [point.step for point in events.Scalars("eval/accuracy")] == [*range(0, 200, 2), 199]
