@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ["reinforce", "ppo", "grpo", "dpo", "reward_model", "gpt2_sentiment"]
+SCRIPTS = ["reinforce", "ppo", "grpo", "dpo", "reward_model", "digits_sum20", "gpt2_sentiment"]
 
 
 def processor_seconds():

@@ -705,10 +705,16 @@ def test_evaluations_before_and_after_use_the_same_noise(monkeypatch, default_re
     assert default_result["reward"] != default_result["reward_before"]
 
 
+def logged(tag):
+    """The last text of this tag that the one run in runs/ gave to TensorBoard."""
+    events = EventAccumulator(str(next(Path("runs").iterdir()))).Reload()
+    return events.Tensors(f"{tag}/text_summary")[-1].tensor_proto.string_val[0].decode()
+
+
 def test_results_are_what_the_texts_say(monkeypatch, capsys):
     calls, rollouts = spy(monkeypatch, "evaluate_texts"), spy(monkeypatch, "rollout")
     end_sooner(monkeypatch)
-    result = run(eval_samples=12, response_length=8)
+    result = run(eval_samples=12, response_length=8, tensorboard=True)
     rollouts = [found for arguments, found, _ in rollouts if arguments[1] is None]
     for found, ((*_,), (metrics, *_), _) in zip(rollouts, calls, strict=True):
         responses, _, logprobs, ref_logprobs, _, entropy = [
@@ -723,7 +729,8 @@ def test_results_are_what_the_texts_say(monkeypatch, capsys):
         entropies = [sum(row[:n]) for row, n in zip(entropy, lengths, strict=True)]
         assert metrics["entropy"] == pytest.approx(sum(entropies) / 12, rel=1e-4)
         assert metrics["length"] == pytest.approx(sum(lengths) / 12)
-    lines = capsys.readouterr().out.splitlines()[-2:]
+    out = capsys.readouterr().out
+    lines = out.splitlines()[-2:]
     for line, group, prefix in zip(lines, ("training", "held-out"), ("", "held_out_"), strict=True):
         r = {key: result[prefix + key] for key in result if prefix + key in result}
         said = f"{group}: reward {r['reward_before']:.2f} ± {r['reward_se_before']:.2f} -> "
@@ -746,6 +753,13 @@ def test_results_are_what_the_texts_say(monkeypatch, capsys):
             scores.append(rewards)
         wins = sum(1 if b > a else 0.5 if a == b else 0 for a, b in zip(*scores, strict=True))
         assert result[f"{prefix}win_rate"] == wins / 12
+        heads, olds, news = pair[0][1][1], pair[0][1][2], pair[1][1][2]
+        shown = [
+            f"{head} ...\n  before:{old!r}\n  after: {new!r}"
+            for head, old, new in zip(heads, olds, news, strict=True)
+        ]
+        assert "\n\n" + "\n".join(shown[:5]) + "\n\n" in out and shown[5] not in out
+        assert logged(f"{prefix}texts") == "\n\n".join(shown)
 
 
 def test_the_learning_rate_rises_then_falls(tmp_path):
