@@ -762,6 +762,92 @@ def test_results_are_what_the_texts_say(monkeypatch, capsys):
         assert logged(f"{prefix}texts") == "\n\n".join(shown)
 
 
+def test_charts_and_losses_are_means_over_the_rollout(monkeypatch, tmp_path):
+    """All that TensorBoard is told of three rollouts, from their tokens, texts and updates."""
+    names = "rollout decode_responses compute_gae policy_loss value_loss".split()
+    calls = {name: spy(monkeypatch, name) for name in names}
+    norms = spy(monkeypatch, "clip_grad_norm_", torch.nn.utils)
+    end_sooner(monkeypatch)
+    flags = {"total_episodes": 24, "kl_target": 2.2, "kl_horizon": 40, "micro_batch_size": 2}
+    run(tensorboard=True, **flags)
+    rollouts = [found for arguments, found, _ in calls["rollout"] if arguments[1] is not None]
+    texts = [found for _, found, _ in calls["decode_responses"]][2:5]  # between the evaluations
+    events = EventAccumulator(str(next((tmp_path / "runs").iterdir()))).Reload()
+
+    def points(tag):
+        assert [event.step for event in events.Scalars(tag)] == [8, 16, 24]
+        return [event.value for event in events.Scalars(tag)]
+
+    coef, expected = 0.1, {}
+    for i, (y, _, old, ref, *_) in enumerate(rollouts):
+        lengths = [min([*row, EOS].index(EOS) + 1, 5) for row in y.tolist()]
+        gaps = zip((old - ref).tolist(), lengths, strict=True)
+        kl = sum(sum(row[:n]) for row, n in gaps) / 8
+        scores = torch.tensor(variety(*texts[i]))
+        given, (_, returns), _ = calls["compute_gae"][i]
+        real = [(a, n) for a, n in enumerate(lengths)]
+        wanted, guessed = (
+            torch.cat([x[a, :n] for a, n in real]).detach() for x in (returns, given[1])
+        )
+        unexplained = (wanted - guessed).var() / wanted.var()
+        parts = slice(8 * i, 8 * i + 8)  # 2 epochs of 2 minibatches, each in 2 parts
+        policy = [(loss, metrics) for _, (loss, metrics), _ in calls["policy_loss"][parts]]
+        row = {
+            "charts/kl": kl,
+            "charts/kl_coef": coef,
+            "charts/score": scores.mean(),
+            "charts/score_std": scores.std(),
+            "charts/response_length": sum(lengths) / 8,
+            "charts/eos_rate": sum(EOS in row for row in y.tolist()) / 8,
+            "charts/distinct_2": gpt2.distinct_2(texts[i][1]),
+            "losses/explained_variance": 1 - unexplained,
+            "losses/policy_loss": sum(loss for loss, _ in policy) / 8,
+            "losses/value_loss": sum(loss for _, loss, _ in calls["value_loss"][parts]) / 8,
+            "losses/approx_kl": sum(metrics["approx_kl"] for _, metrics in policy) / 8,
+            "losses/clipfrac": sum(metrics["clipfrac"] for _, metrics in policy) / 8,
+            "losses/ratio": sum(metrics["ratio"] for _, metrics in policy) / 8,
+            "losses/ratio_first": sum(metrics["ratio"] for _, metrics in policy[:2]) / 2,
+            "losses/grad_norm": sum(found for _, found, _ in norms[4 * i : 4 * i + 4]) / 4,
+        }
+        for tag, value in row.items():
+            expected.setdefault(tag, []).append(torch.as_tensor(value).item())
+        coef *= 1 + min(max(kl / 2.2 - 1, -0.2), 0.2) * 8 / 40
+    for tag, values in expected.items():
+        assert points(tag) == pytest.approx(values, rel=1e-4, abs=1e-6), tag
+    assert min(points("charts/episodes_per_second")) > 0 and min(points("losses/entropy")) > 0
+    assert abs(expected["charts/kl"][1] / 2.2 - 1) < 0.2  # so that the coefficient follows the KL
+
+
+def test_settings_that_fit_the_model(monkeypatch):
+    """What is not given depends on whether the model is our own, on its width and on its size."""
+
+    class Enough(Exception):
+        pass
+
+    def end(*arguments):
+        raise Enough(arguments[-1])
+
+    def settings(**flags):
+        with pytest.raises(Enough) as reached:
+            gpt2.main(gpt2.Args(tensorboard=False, response_length=5, **flags))
+        args = reached.value.args[0]
+        return args.learning_rate, args.batch_size, args.total_episodes
+
+    monkeypatch.setattr(gpt2, "evaluate_texts", end)
+    small, tokenizer = gpt2.load_gpt2(str(TINY))
+    monkeypatch.setattr(gpt2, "embedded_gpt2", lambda sentences: (small, tokenizer))
+    monkeypatch.setattr(gpt2, "pretrain", lambda *a: None)
+    monkeypatch.setattr(gpt2, "write_sentences", lambda *a: [])
+    rate = pytest.approx(3.2e-4 / CONFIG["n_embd"] ** 0.5)
+    assert settings() == (3e-4, 64, 2_560)
+    assert settings(model=str(TINY)) == (rate, 64, 2_560)
+    assert settings(model=str(TINY), learning_rate=0.1) == (0.1, 64, 2_560)
+    assert settings(batch_size=8, total_episodes=80) == (3e-4, 8, 80)
+    wide = gpt2.GPT2(gpt2.Config(**(vars(small.config) | {"n_embd": 768, "n_layer": 3})))
+    monkeypatch.setattr(gpt2, "load_gpt2", lambda model: (wide, tokenizer))
+    assert settings(model="gpt2") == (pytest.approx(1.15e-5, rel=0.01), 32, 6_400)
+
+
 def test_the_learning_rate_rises_then_falls(tmp_path):
     flags = {"batch_size": 2, "total_episodes": 80, "num_minibatches": 1, "update_epochs": 1}
     run(tensorboard=True, eval_samples=2, response_length=2, **flags)
