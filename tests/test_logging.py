@@ -1,0 +1,133 @@
+"""What ppo.py, grpo.py and reinforce.py log of a rollout, counted again from its responses."""
+
+import copy
+import statistics
+
+import oracle
+import programs
+import pytest
+import torch
+
+import grpo
+import ppo
+import reinforce
+
+EOS, KL_COEF = 10, 0.3
+SHORT = {"batch_size": 64, "total_episodes": 192, "sft_steps": 20, "tensorboard": False}
+SHORT |= {"temperature": 0.8, "reward": "sharp", "kl_coef": KL_COEF, "learning_rate": 0.01}
+
+
+@pytest.fixture(autouse=True)
+def short_runs(monkeypatch, tmp_path):
+    programs.shorten_runs(monkeypatch, tmp_path, ppo, grpo, reinforce)
+
+
+def results(monkeypatch, module, name, before=lambda *args: None):
+    """A list that fills with what a function returns, beside what before() makes of its input."""
+    found, function = [], getattr(module, name)
+
+    def keep(*args, **more):
+        noted = before(*args)
+        found.append((noted, function(*args, **more)))
+        return found[-1][1]
+
+    monkeypatch.setattr(module, name, keep)
+    return found
+
+
+def curves(monkeypatch, script, **flags):
+    """Train for three rollouts of 64: what was logged, by group/name, one value a rollout."""
+    calls, logged = programs.record(monkeypatch, script, "write"), {}
+    script.main(script.Args(**(SHORT | flags)))
+    for call in calls["write"]:
+        for name, value in call["metrics"].items():
+            logged.setdefault(f"{call['group']}/{name}", []).append(torch.as_tensor(value).item())
+    assert [call["step"] for call in calls["write"] if call["group"] == "charts"] == [64, 128, 192]
+    return logged
+
+
+def token_logprobs(policy, prompts, responses):
+    """Log-probabilities (B, 3, 11) before each token of a response, float64, from all positions."""
+    states = policy.double()(torch.cat([prompts, responses[:, :-1]], 1))[:, 2:]
+    return (policy.head(states) / SHORT["temperature"]).log_softmax(2)
+
+
+@pytest.mark.parametrize("script", [ppo, grpo, reinforce], ids=lambda script: script.__name__)
+def test_charts_are_means_over_the_responses(script, monkeypatch):
+    rollouts = results(monkeypatch, script, "generate", lambda *args: copy.deepcopy(args))
+    once = {} if script is reinforce else {"update_epochs": 1, "num_minibatches": 1}
+    logged = curves(monkeypatch, script, **once)
+    assert len(rollouts) == 3
+    reference = copy.deepcopy(rollouts[0][0][0])
+    for i, ((policy, prompts, _), responses) in enumerate(rollouts):
+        rows = responses.tolist()
+        lengths = [min([*y, EOS].index(EOS) + 1, 3) for y in rows]
+        pairs = zip(prompts.tolist(), rows, lengths, strict=True)
+        scores = [oracle.score(x, tuple(y[:n]), "sharp") for x, y, n in pairs]
+        with torch.no_grad():
+            new, ref = (token_logprobs(p, prompts, responses) for p in (policy, reference))
+        gaps = (new - ref).gather(2, responses[:, :, None]).squeeze(2).tolist()
+        each = -(new.exp() * new).sum(2)
+        expected = {
+            "charts/score": statistics.mean(scores),
+            "charts/score_std": statistics.stdev(scores),
+            "charts/kl": sum(sum(row[:n]) for row, n in zip(gaps, lengths, strict=True)) / 64,
+            "charts/kl_coef": KL_COEF,
+            "charts/response_length": sum(lengths) / 64,
+            "charts/eos_rate": sum(EOS in y for y in rows) / 64,
+            "losses/entropy": sum(row[:n].sum() for row, n in zip(each, lengths, strict=True)) / 64,
+        }
+        for name, value in expected.items():
+            assert logged[name][i] == pytest.approx(float(value), abs=1e-4), name
+    assert len(set(logged["charts/response_length"])) > 1 and min(logged["charts/eos_rate"]) < 1
+    assert abs(logged["charts/kl"][2]) > 0.01
+
+
+@pytest.mark.parametrize("script", [ppo, grpo], ids=lambda script: script.__name__)
+def test_losses_are_means_over_the_updates(script, monkeypatch):
+    policy = results(monkeypatch, script, "policy_loss" if script is ppo else "grpo_loss")
+    other = results(monkeypatch, script, "value_loss" if script is ppo else "kl_loss")
+    norms = results(monkeypatch, torch.nn.utils, "clip_grad_norm_")
+    logged = curves(monkeypatch, script, update_epochs=3, num_minibatches=2)
+    assert len(policy) == len(other) == len(norms) == 18
+    for i in range(3):
+        updates = [loss for _, loss in policy[6 * i : 6 * i + 6]]
+        expected = {
+            "policy_loss": sum(loss for loss, _ in updates) / 6,
+            "value_loss" if script is ppo else "kl_loss": sum(
+                loss for _, loss in other[6 * i : 6 * i + 6]
+            )
+            / 6,
+            "grad_norm": sum(norm for _, norm in norms[6 * i : 6 * i + 6]) / 6,
+            "ratio_first": updates[0][1]["ratio"],
+        }
+        for name in ("approx_kl", "clipfrac", "ratio"):
+            expected[name] = sum(metrics[name] for _, metrics in updates) / 6
+        for name, value in expected.items():
+            assert logged[f"losses/{name}"][i] == pytest.approx(value.item(), abs=1e-6), name
+
+
+def explained(returns, guesses, mask):
+    """1 less the variance of the error over that of the returns, on real tokens."""
+    errors, wanted = (returns - guesses)[mask].tolist(), returns[mask].tolist()
+    return 1 - statistics.variance(errors) / statistics.variance(wanted)
+
+
+def test_explained_variance_of_the_critic(monkeypatch):
+    made = results(monkeypatch, ppo, "compute_gae", lambda *args: args)
+    logged = curves(monkeypatch, ppo, learning_rate=0.003)
+    for i, ((_, values, mask, *_), (_, returns)) in enumerate(made):
+        expected = explained(returns, values, mask)
+        assert logged["losses/explained_variance"][i] == pytest.approx(expected, abs=1e-4)
+    assert len(made) == 3 and len(set(logged["losses/explained_variance"])) == 3
+
+
+def test_explained_variance_of_the_baseline(monkeypatch):
+    made = results(monkeypatch, reinforce, "returns_to_go", lambda *args: args)
+    logged = curves(monkeypatch, reinforce, baseline="rloo", group_size=4)
+    for i, ((_, mask, _), returns) in enumerate(made):
+        totals = returns[:, 0].tolist()
+        others = [oracle.mean_without(totals, 4, row) for row in range(64)]
+        expected = explained(returns, torch.tensor(others)[:, None], mask)
+        assert logged["losses/explained_variance"][i] == pytest.approx(expected, abs=1e-4)
+    assert len(made) == 3
