@@ -144,6 +144,14 @@ def test_a_config_that_leaves_out_what_is_usual(model):
     assert right(gpt2.load_gpt2(str(model)))
 
 
+def test_an_empty_config_is_that_of_the_first_gpt2():
+    """The defaults of transformers' GPT2Config; of ours, for the embedded model, the same ε."""
+    numbers = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
+    numbers |= {"layer_norm_epsilon": 1e-5, "bos_token_id": 50256, "eos_token_id": 50256}
+    assert vars(gpt2.read_config({"model_type": "gpt2"})) == numbers
+    assert gpt2.Config(vocab_size=300).layer_norm_epsilon == 1e-5
+
+
 def test_a_vocabulary_padded_for_speed(model):
     def change(weights):
         wte = weights["transformer.wte.weight"]
