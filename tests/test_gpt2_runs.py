@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -848,7 +849,7 @@ def test_settings_that_fit_the_model(monkeypatch):
     assert settings(model="gpt2") == (pytest.approx(1.15e-5, rel=0.01), 32, 6_400)
 
 
-def test_the_learning_rate_rises_then_falls(tmp_path):
+def test_the_learning_rate_rises_then_falls(tmp_path, capsys):
     flags = {"batch_size": 2, "total_episodes": 80, "num_minibatches": 1, "update_epochs": 1}
     run(tensorboard=True, eval_samples=2, response_length=2, **flags)
     events = EventAccumulator(str(next((tmp_path / "runs").iterdir())))
@@ -856,6 +857,8 @@ def test_the_learning_rate_rises_then_falls(tmp_path):
     rates = [event.value / 3e-3 for event in events.Scalars("charts/learning_rate")]
     assert rates[0] == pytest.approx(5 / 40) and rates[-1] == pytest.approx(0.5 / 40)
     assert max(rates) == rates[4] == pytest.approx(35.5 / 40)
+    said = re.findall(r"^ *(\d+)%  score +\S+  KL .* s left$", capsys.readouterr().out, re.M)
+    assert said == [str(share) for share in range(5, 101, 5)]
 
 
 def test_program_in_a_shell(tmp_path):
