@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import gpt2_oracle
 import oracle
@@ -595,6 +597,15 @@ def test_an_adaptive_coefficient_cannot_start_at_zero(capsys):
     stops(SMALL | {"kl_coef": 0.0, "kl_target": 1.0}, "--kl-target", capsys)
 
 
+def test_prompts_of_the_grammar():
+    """The tutorial's five are trained on; the held-out ones are drawn from the rest."""
+    train, held_out = gpt2.read_prompts(None)
+    assert train[: len(gpt2.TUTORIAL)] == gpt2.TUTORIAL and len(held_out) == 10
+    assert set(train) | set(held_out) == set(gpt2.OPENINGS) | set(gpt2.TUTORIAL)
+    assert not set(train) & set(held_out) and len(set(train)) == len(train)
+    assert sorted(held_out) != sorted(set(gpt2.OPENINGS) - set(gpt2.TUTORIAL))[:10]
+
+
 def test_prompts_that_are_of_no_use(tmp_path, capsys):
     file = tmp_path / "prompts"
     for content in (b"", b"\n \n\t\n"):
@@ -849,7 +860,11 @@ def test_settings_that_fit_the_model(monkeypatch):
     assert settings(model="gpt2") == (pytest.approx(1.15e-5, rel=0.01), 32, 6_400)
 
 
-def test_the_learning_rate_rises_then_falls(tmp_path, capsys):
+def test_the_learning_rate_rises_then_falls(tmp_path, capsys, monkeypatch):
+    """And what is said of the pace, by a clock that ticks when it is read: a second a rollout."""
+    ticks = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: next(ticks), strftime=time.strftime)
+    monkeypatch.setattr(gpt2, "time", clock)
     flags = {"batch_size": 2, "total_episodes": 80, "num_minibatches": 1, "update_epochs": 1}
     run(tensorboard=True, eval_samples=2, response_length=2, **flags)
     events = EventAccumulator(str(next((tmp_path / "runs").iterdir())))
@@ -857,8 +872,9 @@ def test_the_learning_rate_rises_then_falls(tmp_path, capsys):
     rates = [event.value / 3e-3 for event in events.Scalars("charts/learning_rate")]
     assert rates[0] == pytest.approx(5 / 40) and rates[-1] == pytest.approx(0.5 / 40)
     assert max(rates) == rates[4] == pytest.approx(35.5 / 40)
-    said = re.findall(r"^ *(\d+)%  score +\S+  KL .* s left$", capsys.readouterr().out, re.M)
-    assert said == [str(share) for share in range(5, 101, 5)]
+    form = r"^ *(\d+)%  score +\S+  KL +\S+ +2.0 episodes/s +(\d+) s left$"
+    said = re.findall(form, capsys.readouterr().out, re.M)
+    assert said == [(str(5 * n), str(40 - 2 * n)) for n in range(1, 21)]
 
 
 def test_program_in_a_shell(tmp_path):

@@ -1,13 +1,17 @@
-"""What ppo.py, grpo.py and reinforce.py log of a rollout, counted again from its responses."""
+"""What ppo.py, grpo.py and reinforce.py log and say, counted again from responses and updates."""
 
 import copy
+import itertools
 import statistics
+import time
+from types import SimpleNamespace
 
 import oracle
 import programs
 import pytest
 import torch
 
+import dpo
 import grpo
 import ppo
 import reinforce
@@ -19,7 +23,7 @@ SHORT |= {"temperature": 0.8, "reward": "sharp", "kl_coef": KL_COEF, "learning_r
 
 @pytest.fixture(autouse=True)
 def short_runs(monkeypatch, tmp_path):
-    programs.shorten_runs(monkeypatch, tmp_path, ppo, grpo, reinforce)
+    programs.shorten_runs(monkeypatch, tmp_path, ppo, grpo, reinforce, dpo)
 
 
 def results(monkeypatch, module, name, before=lambda *args: None):
@@ -36,13 +40,15 @@ def results(monkeypatch, module, name, before=lambda *args: None):
 
 
 def curves(monkeypatch, script, **flags):
-    """Train for three rollouts of 64: what was logged, by group/name, one value a rollout."""
+    """Train, unless told otherwise for three rollouts of 64: each curve, a value a rollout."""
     calls, logged = programs.record(monkeypatch, script, "write"), {}
     script.main(script.Args(**(SHORT | flags)))
     for call in calls["write"]:
         for name, value in call["metrics"].items():
             logged.setdefault(f"{call['group']}/{name}", []).append(torch.as_tensor(value).item())
-    assert [call["step"] for call in calls["write"] if call["group"] == "charts"] == [64, 128, 192]
+    steps = [call["step"] for call in calls["write"] if call["group"] == "charts"]
+    size = (SHORT | flags)["batch_size"]
+    assert steps == [size * (i + 1) for i in range(len(steps))]
     return logged
 
 
@@ -131,3 +137,47 @@ def test_explained_variance_of_the_baseline(monkeypatch):
         expected = explained(returns, torch.tensor(others)[:, None], mask)
         assert logged["losses/explained_variance"][i] == pytest.approx(expected, abs=1e-4)
     assert len(made) == 3
+
+
+@pytest.mark.parametrize("script", [ppo, grpo, reinforce], ids=lambda script: script.__name__)
+def test_progress_and_verdict(script, monkeypatch, capsys):
+    """45 rollouts of 8, each a second by a clock that ticks when it is read."""
+    ticks = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: next(ticks), strftime=time.strftime)
+    monkeypatch.setattr(script, "time", clock)
+    logged = curves(monkeypatch, script, batch_size=8, total_episodes=363)
+    assert logged["charts/episodes_per_second"] == [8.0] * 45
+    first, *lines, last = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{script.__name__}.py: cpu, seed 1, 10")
+    rollouts = [*range(2, 45, 2), 45]
+    assert len(lines) == len(rollouts)
+    for rollout, line in zip(rollouts, lines, strict=True):
+        score, kl = logged["charts/score"][rollout - 1], logged["charts/kl"][rollout - 1]
+        said = f"{rollout / 45:4.0%}  score {score:.3f}  KL {kl:.3f}"
+        assert line == said + f"       8 episodes/s  {45 - rollout:3} s left"
+    assert last.startswith("held-out success 0.") and last.endswith(" 47.0 s")
+
+
+class Silent:
+    def __getattr__(self, name):
+        return lambda *args: None
+
+
+@pytest.mark.parametrize("script", [ppo, grpo, reinforce, dpo], ids=lambda script: script.__name__)
+def test_evaluations_before_and_after_are_logged(script, monkeypatch):
+    monkeypatch.setattr(script, "SummaryWriter", lambda run: Silent())
+    calls = programs.record(monkeypatch, script, "write")
+    flags = {"batch_size": 64, "total_episodes": 128}
+    if script is dpo:
+        flags = {"num_responses": 64, "group_size": 4, "epochs": 1, "minibatch_size": 16}
+    result = script.main(script.Args(sft_steps=20, **flags))
+    before, after = [call for call in calls["write"] if call["group"] == "eval"]
+    last = max(call["step"] for call in calls["write"])
+    assert (before["step"], after["step"]) == (0, last) and last > 1
+    assert before["metrics"]["success"] == result["success_before"] != result["success"]
+    assert before["metrics"]["kl"] == 0 < after["metrics"]["kl"]
+    for name, value in after["metrics"].items():
+        assert value == result["success" if name == "gold_score" else name]
+    for metrics in (before["metrics"], after["metrics"]):
+        assert {"success", "kl", "objective", "optimality"} <= metrics.keys()
+        assert metrics.get("gold_score", metrics["success"]) == metrics["success"]
