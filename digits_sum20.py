@@ -365,8 +365,10 @@ def main(args: Args) -> dict[str, float]:
     results, answers = {method: [] for method in methods}, {}
     jobs = [(args, *each, args.tensorboard and folder, len(runs) == 1) for each in runs]
     with ProcessPoolExecutor(min(len(jobs), os.cpu_count()), get_context("spawn")) as pool:
-        # Several runs share the cores, a process each; one alone stays in this process.
-        done = (pool.map if len(jobs) > 1 else map)(run, *zip(*jobs, strict=True))
+        # Several runs share the cores, a process each, unless this file was imported: a process
+        # would begin by running the program that imported it.
+        share = pool.map if len(jobs) > 1 and __name__ == "__main__" else map
+        done = share(run, *zip(*jobs, strict=True))
         for (method, seed), (metrics, answers[method]) in zip(runs, done, strict=True):
             results[method].append(metrics)
             number = sum(map(len, results.values()))

@@ -573,7 +573,7 @@ def ladder(tmp_path_factory):
 
 
 def test_same_seed_same_results(ladder):
-    """In a process beside others or alone, and whatever ran before."""
+    """Whatever ran before."""
     means = {name: value for name, value in ladder[0].items() if "seconds" not in name}
     assert {name.split("/")[0] for name in means} == set(digits.METHODS)
     for method in digits.METHODS:
@@ -582,14 +582,6 @@ def test_same_seed_same_results(ladder):
         for name in first.keys() - {"seconds"}:
             assert means.pop(f"{method}/{name}") == pytest.approx((first[name] + other[name]) / 2)
     assert not means
-
-
-def test_a_run_beside_others_that_diverges_says_so(capfd):
-    with pytest.raises(SystemExit) as stop:
-        results("rl-entropy", 50, num_seeds=2, learning_rate=1e18)
-    assert stop.value.code == "error: rl-entropy diverged by epoch 0; lower --learning-rate"
-    out, err = capfd.readouterr()
-    assert "%" not in out and not err
 
 
 def test_progress_of_a_single_run(capsys):
@@ -638,17 +630,27 @@ def test_a_figure_of_the_post_is_compared_as_it_is_rounded(capsys):
         assert f"100.0 ±  0.0  {mean:.1f} ± {std:4.1f}   9.0 ±  0.0" in line
 
 
-def test_as_a_program(tmp_path):
-    """Run as a reader does: nothing is left behind without TensorBoard, events are with it."""
+def program(*words):
+    command = [sys.executable, str(SCRIPT), "--no-tensorboard", *words]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), "--method", "rl", "--epochs", "20"]
-    done = subprocess.run([*command, "--no-tensorboard"], env=env, capture_output=True, text=True)
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+def test_as_a_program(tmp_path, capsys):
+    """Several runs share the cores and come out as they do one after the other."""
+    done = program(*"--method rl --epochs 20 --num-seeds 3".split())
     assert done.returncode == 0, done.stderr
-    assert "rl" in done.stdout and not list(tmp_path.iterdir())
-    refused = subprocess.run([*command, "--sl-coef", "1"], env=env, capture_output=True, text=True)
-    assert refused.returncode == 2 and refused.stdout == ""
-    assert refused.stderr.startswith("error: --sl-coef 1.0: --method rl ignores it")
+    digits.main(digits.Args(method="rl", epochs=20, num_seeds=3, tensorboard=False))
+    form = r"^rl +[123] +19 .*\.\d{4}|^\| \[.*"  # all but the time: its progress, its answers
+    shared, alone = (re.findall(form, x, re.M) for x in (done.stdout, capsys.readouterr().out))
+    assert shared == alone and len(shared) == 13
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_beside_others_that_diverges_says_so():
+    done = program(*"--method rl-entropy --epochs 50 --num-seeds 3 --learning-rate 1e18".split())
+    assert done.returncode == 1 and "%" not in done.stdout
+    assert done.stderr == "error: rl-entropy diverged by epoch 0; lower --learning-rate\n"
 
 
 def test_curves(ladder):
