@@ -463,6 +463,8 @@ def test_the_rows_have_the_numbers_of_the_post():
         assert {k: v for k, v in row.items() if not k.endswith("_final")} == knobs
         assert all(v is None for k, v in row.items() if k.endswith("_final"))  # all constant
     assert list(digits.METHODS)[:7] == list(expected)
+    warm = {"sft_fraction": digits.METHODS["sl-then-rl"]["sft_fraction"]}
+    assert digits.METHODS["sl-then-improved"] == digits.METHODS["rl-improved"] | warm
     assert digits.Args().epochs == 10_000 and digits.Args().hidden_dim == 64
     published = dict(zip(expected, (None, 91.26, 18.03, 85.25, 67.76, 91.26, 98.91), strict=True))
     assert published == digits.POST
