@@ -55,8 +55,8 @@ class Args:
     resume: Path | None = None  # folder in runs/ to continue, with the flags it was started with
     bf16: bool = False  # compute in bfloat16 where that is safe; needs --device cuda
     pretrain_steps: int = 500  # supervised steps that make the embedded model
-    total_episodes: int | None = None  # responses sampled in all; by default fits --model
-    batch_size: int | None = None  # responses a rollout; by default fits --model
+    total_episodes: int | None = None  # responses sampled in all
+    batch_size: int | None = None  # responses a rollout
     learning_rate: float | None = None  # step size of AdamW at its highest; by default fits --model
     max_grad_norm: float = 1.0  # gradients longer than this are scaled down to it
     temperature: float = 1.0  # divides the logits, in sampling and in every log-probability alike

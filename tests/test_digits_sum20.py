@@ -409,7 +409,7 @@ def test_a_sharp_reward_beats_distance(short_runs):
 
 def test_weight_decay_generalises():
     for seed in (1, 2):
-        plain, decayed = (results(name, 1000, seed) for name in ("sl", "sl-weight-decay"))
+        plain, decayed = (results(name, 600, seed) for name in ("sl", "sl-weight-decay"))
         assert plain["train/accuracy"] > 0.99 and plain["train/cross_entropy"] < 2
         assert plain["eval/cross_entropy"] > decayed["eval/cross_entropy"] + 0.3
 
@@ -647,12 +647,6 @@ def test_as_a_program(tmp_path, capsys):
     shared, alone = (re.findall(form, x, re.M) for x in (done.stdout, capsys.readouterr().out))
     assert shared == alone and len(shared) == 13
     assert not list(tmp_path.iterdir())
-
-
-def test_a_run_beside_others_that_diverges_says_so():
-    done = program(*"--method rl-entropy --epochs 50 --num-seeds 3 --learning-rate 1e18".split())
-    assert done.returncode == 1 and "%" not in done.stdout
-    assert done.stderr == "error: rl-entropy diverged by epoch 0; lower --learning-rate\n"
 
 
 def test_curves(ladder):

@@ -145,7 +145,8 @@ def test_progress_and_verdict(script, monkeypatch, capsys):
     ticks = itertools.count()
     clock = SimpleNamespace(perf_counter=lambda: next(ticks), strftime=time.strftime)
     monkeypatch.setattr(script, "time", clock)
-    logged = curves(monkeypatch, script, batch_size=8, total_episodes=363)
+    once = {} if script is reinforce else {"update_epochs": 1, "num_minibatches": 1}
+    logged = curves(monkeypatch, script, batch_size=8, total_episodes=363, **once)
     assert logged["charts/episodes_per_second"] == [8.0] * 45
     first, *lines, last = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{script.__name__}.py: cpu, seed 1, 10")
