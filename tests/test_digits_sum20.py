@@ -408,10 +408,9 @@ def test_a_sharp_reward_beats_distance(short_runs):
 
 
 def test_weight_decay_generalises():
-    for seed in (1, 2):
-        plain, decayed = (results(name, 600, seed) for name in ("sl", "sl-weight-decay"))
-        assert plain["train/accuracy"] > 0.99 and plain["train/cross_entropy"] < 2
-        assert plain["eval/cross_entropy"] > decayed["eval/cross_entropy"] + 0.3
+    plain, decayed = (results(name, 600) for name in ("sl", "sl-weight-decay"))
+    assert plain["train/accuracy"] > 0.99 and plain["train/cross_entropy"] < 2
+    assert plain["eval/cross_entropy"] > decayed["eval/cross_entropy"] + 0.3
 
 
 def test_warm_start_is_sl_with_weight_decay_then_rl(monkeypatch):
@@ -438,10 +437,9 @@ def test_warm_start_is_often_right_from_the_first_rl_epoch():
 
 
 def test_improved_rl_generalises_as_well_as_it_trains():
-    for seed in (1, 2):
-        run = results("rl-improved", 1000, seed)
-        assert run["eval/accuracy"] > 0.65 and run["eval/distinct"] > 25
-        assert abs(run["eval/accuracy"] - run["train/accuracy"]) < 0.1
+    run = results("rl-improved", 1000)
+    assert run["eval/accuracy"] > 0.65 and run["eval/distinct"] > 25
+    assert abs(run["eval/accuracy"] - run["train/accuracy"]) < 0.1
 
 
 # ---------------------------------------------------------------- The command line
@@ -640,12 +638,12 @@ def program(*words):
 
 def test_as_a_program(tmp_path, capsys):
     """Several runs share the cores and come out as they do one after the other."""
-    done = program(*"--method rl --epochs 20 --num-seeds 3".split())
+    done = program(*"--method rl --epochs 20 --num-seeds 2".split())
     assert done.returncode == 0, done.stderr
-    digits.main(digits.Args(method="rl", epochs=20, num_seeds=3, tensorboard=False))
-    form = r"^rl +[123] +19 .*\.\d{4}|^\| \[.*"  # all but the time: its progress, its answers
+    digits.main(digits.Args(method="rl", epochs=20, num_seeds=2, tensorboard=False))
+    form = r"^rl +[12] +19 .*\.\d{4}|^\| \[.*"  # all but the time: its progress, its answers
     shared, alone = (re.findall(form, x, re.M) for x in (done.stdout, capsys.readouterr().out))
-    assert shared == alone and len(shared) == 13
+    assert shared == alone and len(shared) == 12
     assert not list(tmp_path.iterdir())
 
 
