@@ -37,6 +37,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, product
 from multiprocessing import get_context
 from typing import Literal
@@ -313,7 +314,7 @@ def print_results(results):
         print(f"{line}{f'{low:.1f}-{high:.1f}':>13}{seconds:9.1f}{post or '-':>9}{star}")
 
 
-def run(args, method, seed, folder, alone):
+def run(args, folder, alone, method, seed):
     """Train one row with one seed. Returns its results, and its answers to ten held-out prompts.
 
     Curves go to the folder, if there is one. A run that is alone says how it gets on.
@@ -363,12 +364,12 @@ def main(args: Args) -> dict[str, float]:
             writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{rows}")
     print("row               seed  epoch   train  held-out  distinct  held-out loss  time left")
     results, answers = {method: [] for method in methods}, {}
-    jobs = [(args, *each, args.tensorboard and folder, len(runs) == 1) for each in runs]
-    with ProcessPoolExecutor(min(len(jobs), os.cpu_count()), get_context("spawn")) as pool:
+    train_one = partial(run, args, args.tensorboard and folder, len(runs) == 1)
+    with ProcessPoolExecutor(min(len(runs), os.cpu_count()), get_context("spawn")) as pool:
         # Several runs share the cores, a process each, unless this file was imported: a process
         # would begin by running the program that imported it.
-        share = pool.map if len(jobs) > 1 and __name__ == "__main__" else map
-        done = share(run, *zip(*jobs, strict=True))
+        share = pool.map if len(runs) > 1 and __name__ == "__main__" else map
+        done = share(train_one, *zip(*runs, strict=True))
         for (method, seed), (metrics, answers[method]) in zip(runs, done, strict=True):
             results[method].append(metrics)
             number = sum(map(len, results.values()))

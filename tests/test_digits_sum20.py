@@ -597,6 +597,7 @@ def test_tables_of_the_ladder(ladder):
     lines = re.findall(r"^(\S+) +([12]) +19 +([\d.]+)% +([\d.]+)% +(\d+) .* (\d+) s$", out, re.M)
     in_turn = [(method, seed) for method in digits.METHODS for seed in "12"]
     assert [line[:2] for line in lines] == in_turn and lines[-1][-1] == "0"
+    assert len([line for line in out.splitlines() if line.endswith(" s")]) == 20  # only at the end
     table = out[out.index("\nrow ", 200) :].splitlines()[1:]
     assert [line.split()[0] for line in table[1:11]] == list(digits.METHODS)
     assert all("±" in line for line in table[1:11])
