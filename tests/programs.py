@@ -1,12 +1,15 @@
-"""What several scripts are tested with: short runs, spies, the real command, a frozen reference."""
+"""What several scripts are tested with: short runs, spies, a clock, the real command."""
 
 import copy
 import functools
 import inspect
+import itertools
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -53,6 +56,34 @@ def record(monkeypatch, script, *names):
     for name in names:
         monkeypatch.setattr(script, name, spy(name, getattr(script, name)))
     return calls
+
+
+def spy(monkeypatch, module, name, before=lambda *args, **more: None):
+    """Record arguments and result of every call of a function, and what before() makes of them."""
+    calls, function = [], getattr(module, name)
+
+    def recorder(*arguments, **more):
+        noted = before(*arguments, **more)
+        result = function(*arguments, **more)
+        calls.append((arguments, result, noted))
+        return result
+
+    monkeypatch.setattr(module, name, recorder)
+    return calls
+
+
+def tick(monkeypatch, script):
+    """Give a script a clock that goes on by a second each time it is read."""
+    ticks = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: next(ticks), strftime=time.strftime)
+    monkeypatch.setattr(script, "time", clock)
+
+
+class NoWriter:
+    """Stands in for a SummaryWriter and writes nothing."""
+
+    def __getattr__(self, name):
+        return lambda *args: None
 
 
 def run_in_a_shell(script, folder):

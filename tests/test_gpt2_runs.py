@@ -2,7 +2,6 @@
 
 import copy
 import io
-import itertools
 import json
 import math
 import os
@@ -13,7 +12,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import gpt2_oracle
 import oracle
@@ -55,17 +53,7 @@ def run(**flags):
 
 
 def spy(monkeypatch, name, module=gpt2, before=lambda *a, **k: None):
-    """Record arguments and result of every call of a function, and what before() makes of them."""
-    calls, function = [], getattr(module, name)
-
-    def recorder(*arguments, **more):
-        noted = before(*arguments, **more)
-        result = function(*arguments, **more)
-        calls.append((arguments, result, noted))
-        return result
-
-    monkeypatch.setattr(module, name, recorder)
-    return calls
+    return programs.spy(monkeypatch, module, name, before)
 
 
 # ---------------------------------------------------------------- The update against the oracle
@@ -862,9 +850,7 @@ def test_settings_that_fit_the_model(monkeypatch):
 
 def test_the_learning_rate_rises_then_falls(tmp_path, capsys, monkeypatch):
     """And what is said of the pace, by a clock that ticks when it is read: a second a rollout."""
-    ticks = itertools.count()
-    clock = SimpleNamespace(perf_counter=lambda: next(ticks), strftime=time.strftime)
-    monkeypatch.setattr(gpt2, "time", clock)
+    programs.tick(monkeypatch, gpt2)
     flags = {"batch_size": 2, "total_episodes": 80, "num_minibatches": 1, "update_epochs": 1}
     run(tensorboard=True, eval_samples=2, response_length=2, **flags)
     events = EventAccumulator(str(next((tmp_path / "runs").iterdir())))

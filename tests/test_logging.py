@@ -1,10 +1,7 @@
 """What ppo.py, grpo.py and reinforce.py log and say, counted again from responses and updates."""
 
 import copy
-import itertools
 import statistics
-import time
-from types import SimpleNamespace
 
 import oracle
 import programs
@@ -24,19 +21,6 @@ SHORT |= {"temperature": 0.8, "reward": "sharp", "kl_coef": KL_COEF, "learning_r
 @pytest.fixture(autouse=True)
 def short_runs(monkeypatch, tmp_path):
     programs.shorten_runs(monkeypatch, tmp_path, ppo, grpo, reinforce, dpo)
-
-
-def results(monkeypatch, module, name, before=lambda *args: None):
-    """A list that fills with what a function returns, beside what before() makes of its input."""
-    found, function = [], getattr(module, name)
-
-    def keep(*args, **more):
-        noted = before(*args)
-        found.append((noted, function(*args, **more)))
-        return found[-1][1]
-
-    monkeypatch.setattr(module, name, keep)
-    return found
 
 
 def curves(monkeypatch, script, **flags):
@@ -60,12 +44,12 @@ def token_logprobs(policy, prompts, responses):
 
 @pytest.mark.parametrize("script", [ppo, grpo, reinforce], ids=lambda script: script.__name__)
 def test_charts_are_means_over_the_responses(script, monkeypatch):
-    rollouts = results(monkeypatch, script, "generate", lambda *args: copy.deepcopy(args))
+    rollouts = programs.spy(monkeypatch, script, "generate", lambda *args: copy.deepcopy(args))
     once = {} if script is reinforce else {"update_epochs": 1, "num_minibatches": 1}
     logged = curves(monkeypatch, script, **once)
     assert len(rollouts) == 3
-    reference = copy.deepcopy(rollouts[0][0][0])
-    for i, ((policy, prompts, _), responses) in enumerate(rollouts):
+    reference = copy.deepcopy(rollouts[0][2][0])
+    for i, (_, responses, (policy, prompts, _)) in enumerate(rollouts):
         rows = responses.tolist()
         lengths = [min([*y, EOS].index(EOS) + 1, 3) for y in rows]
         pairs = zip(prompts.tolist(), rows, lengths, strict=True)
@@ -91,20 +75,18 @@ def test_charts_are_means_over_the_responses(script, monkeypatch):
 
 @pytest.mark.parametrize("script", [ppo, grpo], ids=lambda script: script.__name__)
 def test_losses_are_means_over_the_updates(script, monkeypatch):
-    policy = results(monkeypatch, script, "policy_loss" if script is ppo else "grpo_loss")
-    other = results(monkeypatch, script, "value_loss" if script is ppo else "kl_loss")
-    norms = results(monkeypatch, torch.nn.utils, "clip_grad_norm_")
+    names = ("policy_loss", "value_loss") if script is ppo else ("grpo_loss", "kl_loss")
+    policy, other = (programs.spy(monkeypatch, script, name) for name in names)
+    norms = programs.spy(monkeypatch, torch.nn.utils, "clip_grad_norm_")
     logged = curves(monkeypatch, script, update_epochs=3, num_minibatches=2)
     assert len(policy) == len(other) == len(norms) == 18
     for i in range(3):
-        updates = [loss for _, loss in policy[6 * i : 6 * i + 6]]
+        calls = slice(6 * i, 6 * i + 6)
+        updates = [loss for _, loss, _ in policy[calls]]
         expected = {
             "policy_loss": sum(loss for loss, _ in updates) / 6,
-            "value_loss" if script is ppo else "kl_loss": sum(
-                loss for _, loss in other[6 * i : 6 * i + 6]
-            )
-            / 6,
-            "grad_norm": sum(norm for _, norm in norms[6 * i : 6 * i + 6]) / 6,
+            names[1]: sum(loss for _, loss, _ in other[calls]) / 6,
+            "grad_norm": sum(norm for _, norm, _ in norms[calls]) / 6,
             "ratio_first": updates[0][1]["ratio"],
         }
         for name in ("approx_kl", "clipfrac", "ratio"):
@@ -120,18 +102,18 @@ def explained(returns, guesses, mask):
 
 
 def test_explained_variance_of_the_critic(monkeypatch):
-    made = results(monkeypatch, ppo, "compute_gae", lambda *args: args)
+    made = programs.spy(monkeypatch, ppo, "compute_gae")
     logged = curves(monkeypatch, ppo, learning_rate=0.003)
-    for i, ((_, values, mask, *_), (_, returns)) in enumerate(made):
+    for i, ((_, values, mask, *_), (_, returns), _) in enumerate(made):
         expected = explained(returns, values, mask)
         assert logged["losses/explained_variance"][i] == pytest.approx(expected, abs=1e-4)
     assert len(made) == 3 and len(set(logged["losses/explained_variance"])) == 3
 
 
 def test_explained_variance_of_the_baseline(monkeypatch):
-    made = results(monkeypatch, reinforce, "returns_to_go", lambda *args: args)
+    made = programs.spy(monkeypatch, reinforce, "returns_to_go")
     logged = curves(monkeypatch, reinforce, baseline="rloo", group_size=4)
-    for i, ((_, mask, _), returns) in enumerate(made):
+    for i, ((_, mask, _), returns, _) in enumerate(made):
         totals = returns[:, 0].tolist()
         others = [oracle.mean_without(totals, 4, row) for row in range(64)]
         expected = explained(returns, torch.tensor(others)[:, None], mask)
@@ -142,9 +124,7 @@ def test_explained_variance_of_the_baseline(monkeypatch):
 @pytest.mark.parametrize("script", [ppo, grpo, reinforce], ids=lambda script: script.__name__)
 def test_progress_and_verdict(script, monkeypatch, capsys):
     """45 rollouts of 8, each a second by a clock that ticks when it is read."""
-    ticks = itertools.count()
-    clock = SimpleNamespace(perf_counter=lambda: next(ticks), strftime=time.strftime)
-    monkeypatch.setattr(script, "time", clock)
+    programs.tick(monkeypatch, script)
     once = {} if script is reinforce else {"update_epochs": 1, "num_minibatches": 1}
     logged = curves(monkeypatch, script, batch_size=8, total_episodes=363, **once)
     assert logged["charts/episodes_per_second"] == [8.0] * 45
@@ -159,14 +139,9 @@ def test_progress_and_verdict(script, monkeypatch, capsys):
     assert last.startswith("held-out success 0.") and last.endswith(" 47.0 s")
 
 
-class Silent:
-    def __getattr__(self, name):
-        return lambda *args: None
-
-
 @pytest.mark.parametrize("script", [ppo, grpo, reinforce, dpo], ids=lambda script: script.__name__)
 def test_evaluations_before_and_after_are_logged(script, monkeypatch):
-    monkeypatch.setattr(script, "SummaryWriter", lambda run: Silent())
+    monkeypatch.setattr(script, "SummaryWriter", lambda run: programs.NoWriter())
     calls = programs.record(monkeypatch, script, "write")
     flags = {"batch_size": 64, "total_episodes": 128}
     if script is dpo:

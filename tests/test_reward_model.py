@@ -963,7 +963,7 @@ def test_learned_score_is_trained_on_and_the_true_one_logged(script, tmp_path, m
     assert "charts/gold_score" not in curves
     capsys.readouterr()
     curves.clear(), rolled.clear()
-    monkeypatch.setattr(script, "SummaryWriter", lambda run: NoWriter())
+    monkeypatch.setattr(script, "SummaryWriter", lambda run: programs.NoWriter())
     results = [
         script.main(script.Args(reward_model=path, rm_uncertainty_coef=coef, **small))
         for coef in (0.0, 1.0)
@@ -981,11 +981,6 @@ def test_learned_score_is_trained_on_and_the_true_one_logged(script, tmp_path, m
     assert len({r["entropy"] for r in (plain, *results)}) == 3
     assert plain["success_before"] == results[0]["success_before"]  # of the true reward
     assert plain["score"] != results[0]["score"] != results[1]["score"]
-
-
-class NoWriter:
-    def __getattr__(self, name):
-        return lambda *args: None
 
 
 def test_pipeline_in_a_shell(tmp_path):
