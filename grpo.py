@@ -417,6 +417,9 @@ def main(args: Args) -> dict[str, float]:
     if writer:
         flags = "".join(f"|{flag}|{value}|\n" for flag, value in asdict(args).items())
         writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}")
+    passes = args.total_episodes // args.group_size // len(train_prompts) + 1
+    turns = torch.cat([torch.randperm(len(train_prompts)) for _ in range(passes)])
+    turns = turns.split(args.batch_size // args.group_size)  # each rollout's prompts, all in turn
     num_rollouts, begin = args.total_episodes // args.batch_size, time.perf_counter()
     for rollout in range(1, num_rollouts + 1):
         progress = (rollout - 0.5) / num_rollouts
@@ -424,8 +427,7 @@ def main(args: Args) -> dict[str, float]:
         optimizer.param_groups[0]["lr"] = learning_rate
 
         # Rollout: sample responses, score them, note what the models think of them.
-        prompts = torch.randint(len(train_prompts), (args.batch_size // args.group_size,))
-        prompts = train_prompts[prompts].repeat_interleave(args.group_size, 0)  # (B, P)
+        prompts = train_prompts[turns[rollout - 1]].repeat_interleave(args.group_size, 0)  # (B, P)
         responses = generate(policy, prompts, args.temperature)  # (B, R)
         mask, cut_off = response_mask(responses), (responses != EOS).all(1)  # (B, R), (B,)
         scores = score(prompts, responses)  # (B,)

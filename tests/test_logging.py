@@ -157,3 +157,24 @@ def test_evaluations_before_and_after_are_logged(script, monkeypatch):
     for metrics in (before["metrics"], after["metrics"]):
         assert {"success", "kl", "objective", "optimality"} <= metrics.keys()
         assert metrics.get("gold_score", metrics["success"]) == metrics["success"]
+
+
+@pytest.mark.parametrize("script", [ppo, grpo, reinforce], ids=lambda script: script.__name__)
+def test_prompts_come_in_turn(script, monkeypatch):
+    """All training prompts, in an order of chance, before any comes again, in another order."""
+    rollouts = programs.spy(monkeypatch, script, "generate")
+    once = {} if script is reinforce else {"update_epochs": 1, "num_minibatches": 1}
+    size = 1 if script is ppo else 4
+    group = {} if script is ppo else {"group_size": size}
+    number = len(script.make_prompts()[0])
+    flags = {"batch_size": 64 * size, "total_episodes": 31 * 64 * size, "sft_steps": 1}
+    script.main(script.Args(tensorboard=False, **flags, **group, **once))
+    prompts = torch.cat([prompts for (_, prompts, _), _, _ in rollouts]).view(-1, size, 3)
+    assert len(prompts) == 31 * 64 and (prompts == prompts[:, :1]).all()
+    taken = [tuple(prompt) for prompt in prompts[:, 0].tolist()]
+    first, second, third = taken[:number], taken[number : 2 * number], taken[2 * number :]
+    everything = {tuple(prompt) for prompt in script.make_prompts()[0].tolist()}
+    assert set(first) == set(second) == everything and set(third) < everything
+    assert len(set(third)) == len(third) > 300
+    assert sum(a == b for a, b in zip(first, second, strict=True)) < 20
+    assert abs(statistics.mean(100 * a + 10 * b + c for a, b, c in first[:200]) - 500) < 100
