@@ -4,6 +4,7 @@ import copy
 import functools
 import inspect
 import itertools
+import os
 import re
 import subprocess
 import sys
@@ -86,13 +87,36 @@ class NoWriter:
         return lambda *args: None
 
 
-def run_in_a_shell(script, folder):
-    """A short run of a script's real command in an empty folder: its output, the weights it saved
-    and its TensorBoard folder, once header, progress, verdict and files are as they should be."""
-    words = "--total-episodes 640 --batch-size 64 --sft-steps 20 --save-path model.pt".split()
-    command = [sys.executable, str(ROOT / f"{script}.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder)
-    lines = done.stdout.splitlines()
+def start(line, folder):
+    """A fixture's work: the real command, begun now, to run beside the tests on another core.
+
+    What it yields waits for the end of the command and returns its folder and what it printed.
+    """
+    script, *words = line.split()
+    command, env = (
+        [sys.executable, str(ROOT / script), *words],
+        {**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=folder, env=env, **pipes)
+
+    def result():
+        printed, errors = process.communicate()
+        assert process.returncode == 0, errors
+        return folder, printed
+
+    yield result
+    process.kill()
+    process.communicate()
+
+
+SHORT_RUN = "--total-episodes 640 --batch-size 64 --sft-steps 20 --save-path model.pt"
+
+
+def check_short_run(script, folder, printed):
+    """The weights that a run of SHORT_RUN saved and its TensorBoard folder, once header, progress,
+    verdict and files are as they should be."""
+    lines = printed.splitlines()
     assert lines[0].startswith(f"{script}.py")
     assert len(lines) == 1 + 640 // 64 + 1  # a line of progress every rollout, as they are so few
     form = r" *(\d+)%  score ([01]\.\d{3})  KL -?\d\.\d{3}  +([\d,]+) episodes/s +(\d+) s left"

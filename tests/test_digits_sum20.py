@@ -4,13 +4,11 @@ import contextlib
 import io
 import itertools
 import math
-import os
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,13 +16,18 @@ import tyro
 
 import digits_sum20 as digits
 
-SCRIPT = Path(digits.__file__)
 REWARDS = {  # of one sum, in plain Python
     "exact": lambda total: float(total == 20),
     "distance": lambda total: max(0.0, 1 - abs(total - 20) / 10),
     "sharp": lambda total: math.exp(-abs(total - 20) / 2),
     "square": lambda total: 1 - ((total - 20) / 10) ** 2,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_runs(tmp_path_factory):
+    words = "--no-tensorboard --method rl --epochs 20 --num-seeds 2"
+    yield from programs.start(f"digits_sum20.py {words}", tmp_path_factory.mktemp("program"))
 
 
 @pytest.fixture(autouse=True)
@@ -631,21 +634,14 @@ def test_a_figure_of_the_post_is_compared_as_it_is_rounded(capsys):
         assert f"100.0 ±  0.0  {mean:.1f} ± {std:4.1f}   9.0 ±  0.0" in line
 
 
-def program(*words):
-    command = [sys.executable, str(SCRIPT), "--no-tensorboard", *words]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=env, capture_output=True, text=True)
-
-
-def test_as_a_program(tmp_path, capsys):
+def test_as_a_program(two_runs, capsys):
     """Several runs share the cores and come out as they do one after the other."""
-    done = program(*"--method rl --epochs 20 --num-seeds 2".split())
-    assert done.returncode == 0, done.stderr
+    folder, printed = two_runs()
     digits.main(digits.Args(method="rl", epochs=20, num_seeds=2, tensorboard=False))
     form = r"^rl +[12] +19 .*\.\d{4}|^\| \[.*"  # all but the time: its progress, its answers
-    shared, alone = (re.findall(form, x, re.M) for x in (done.stdout, capsys.readouterr().out))
+    shared, alone = (re.findall(form, x, re.M) for x in (printed, capsys.readouterr().out))
     assert shared == alone and len(shared) == 12
-    assert not list(tmp_path.iterdir())
+    assert not list(folder.iterdir())
 
 
 def test_curves(ladder):

@@ -6,8 +6,6 @@ import json
 import math
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import oracle
@@ -392,6 +390,12 @@ def test_file_that_holds_nothing_to_read(content, capsys, tmp_path):
 warm_start, make_prompts = dpo.warm_start, dpo.make_prompts
 
 
+@pytest.fixture(scope="module", autouse=True)
+def program(tmp_path_factory):
+    words = "--num-responses 160 --epochs 1 --minibatch-size 64 --sft-steps 20 --save-path model.pt"
+    yield from programs.start(f"dpo.py {words}", tmp_path_factory.mktemp("program"))
+
+
 @pytest.fixture(autouse=True)
 def short_runs(monkeypatch, tmp_path):
     programs.shorten_runs(monkeypatch, tmp_path, dpo)
@@ -660,21 +664,19 @@ def test_bad_words_are_refused_by_the_parser(words):
     assert stop.value.code == 2
 
 
-def test_program_in_a_shell(tmp_path):
+def test_program_in_a_shell(program):
     """The real command: header, progress, verdict; events and a saved model that loads safely."""
-    words = "--num-responses 160 --epochs 1 --minibatch-size 64 --sft-steps 20 --save-path model.pt"
-    command = [sys.executable, str(programs.ROOT / "dpo.py"), *words.split()]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
-    lines = done.stdout.splitlines()
+    folder, printed = program()
+    lines = printed.splitlines()
     assert lines[0].startswith("dpo.py") and "accuracies" in lines[-2]
     speed, left = re.fullmatch(r"100%  loss .* (\d+) steps/s +(\d+) s left", lines[-2]).groups()
     assert int(speed) > 0 and left == "0"
     assert lines[-1].startswith("held-out success") and "optimality" in lines[-1]
-    assert {p.name for p in tmp_path.iterdir()} == {"runs", "model.pt"}
-    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert {p.name for p in folder.iterdir()} == {"runs", "model.pt"}
+    saved = torch.load(folder / "model.pt", weights_only=True)
     assert saved["script"] == "dpo.py" and saved["args"]["num_responses"] == "160"
     dpo.GPT().load_state_dict(saved["policy"])
-    (events,) = (tmp_path / "runs").iterdir()
+    (events,) = (folder / "runs").iterdir()
     assert events.name.startswith("dpo__1__") and any(events.iterdir())
 
 

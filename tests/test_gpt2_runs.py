@@ -35,6 +35,13 @@ def variety(prompts, responses):
     return [len(set(text)) / 4 - text.count(" ") for text in responses]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def program(tmp_path_factory):
+    words = "--pretrain-steps 3 --total-episodes 12 --batch-size 4 --eval-samples 5 --save-dir out"
+    words += " --response-length 6 --checkpoint-every 2 --kl-target 3"
+    yield from programs.start(f"gpt2_sentiment.py {words}", tmp_path_factory.mktemp("program"))
+
+
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -863,16 +870,13 @@ def test_the_learning_rate_rises_then_falls(tmp_path, capsys, monkeypatch):
     assert said == [(str(5 * n), str(40 - 2 * n)) for n in range(1, 21)]
 
 
-def test_program_in_a_shell(tmp_path):
+def test_program_in_a_shell(program, monkeypatch):
     """The real command with the embedded model: its output, events, checkpoint and saved model."""
-    words = "--pretrain-steps 3 --total-episodes 12 --batch-size 4 --eval-samples 5 --save-dir out"
-    words += " --response-length 6 --checkpoint-every 2 --kl-target 3"
-    command = [sys.executable, str(ROOT / "gpt2_sentiment.py"), *words.split()]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert lines[0].startswith("gpt2_sentiment.py: cpu, seed 1, ") and "100%" in done.stdout
-    assert {p.name for p in tmp_path.iterdir()} == {"runs", "out"}
+    folder, printed = program()
+    monkeypatch.chdir(folder)
+    lines = printed.splitlines()
+    assert lines[0].startswith("gpt2_sentiment.py: cpu, seed 1, ") and "100%" in printed
+    assert {p.name for p in folder.iterdir()} == {"runs", "out"}
     policy, tokenizer = gpt2.load_gpt2("out")
     assert tokenizer.id_to_token(policy.config.eos_token_id) == "<|endoftext|>"
     (folder,) = Path("runs").iterdir()

@@ -390,6 +390,11 @@ def test_kl_by_loops_weighed_as_the_policy_loss(kind, loss_type):
 warm_start = grpo.warm_start
 
 
+@pytest.fixture(scope="module", autouse=True)
+def program(tmp_path_factory):
+    yield from programs.start(f"grpo.py {programs.SHORT_RUN}", tmp_path_factory.mktemp("program"))
+
+
 @pytest.fixture(autouse=True)
 def short_runs(monkeypatch, tmp_path):
     programs.shorten_runs(monkeypatch, tmp_path, grpo)
@@ -579,9 +584,9 @@ def test_bad_words_are_refused_by_the_parser(words):
     assert stop.value.code == 2
 
 
-def test_program_in_a_shell(tmp_path):
+def test_program_in_a_shell(program):
     """The real command: header, progress, verdict; events and a saved model that loads safely."""
-    saved, _ = programs.run_in_a_shell("grpo", tmp_path)
+    saved, _ = programs.check_short_run("grpo", *program())
     grpo.GPT().load_state_dict(saved["policy"])
     assert saved["args"]["batch_size"] == "64"
 

@@ -15,6 +15,11 @@ import ppo
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.fixture(scope="module", autouse=True)
+def program(tmp_path_factory):
+    yield from programs.start(f"ppo.py {programs.SHORT_RUN}", tmp_path_factory.mktemp("program"))
+
+
 @pytest.fixture(autouse=True)
 def short_runs(monkeypatch, tmp_path):
     programs.shorten_runs(monkeypatch, tmp_path, ppo)
@@ -160,9 +165,9 @@ def test_bad_words_are_refused_by_the_parser(words):
     assert stop.value.code == 2
 
 
-def test_program_in_a_shell(tmp_path):
+def test_program_in_a_shell(program):
     """The real command: header, progress, verdict; events and a saved model that loads safely."""
-    saved, folder = programs.run_in_a_shell("ppo", tmp_path)
+    saved, folder = programs.check_short_run("ppo", *program())
     ppo.GPT().load_state_dict(saved["policy"])
     assert saved["args"]["batch_size"] == "64"
 

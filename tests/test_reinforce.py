@@ -243,6 +243,13 @@ def test_at_the_optimum_every_response_earns_the_same():
 warm_start = reinforce.warm_start
 
 
+@pytest.fixture(scope="module", autouse=True)
+def program(tmp_path_factory):
+    yield from programs.start(
+        f"reinforce.py {programs.SHORT_RUN}", tmp_path_factory.mktemp("program")
+    )
+
+
 @pytest.fixture(autouse=True)
 def short_runs(monkeypatch, tmp_path):
     programs.shorten_runs(monkeypatch, tmp_path, reinforce)
@@ -468,9 +475,9 @@ def test_bad_words_are_refused_by_the_parser(words):
     assert stop.value.code == 2
 
 
-def test_program_in_a_shell(tmp_path):
+def test_program_in_a_shell(program):
     """The real command: header, progress, verdict; events and a saved model that loads safely."""
-    saved, _ = programs.run_in_a_shell("reinforce", tmp_path)
+    saved, _ = programs.check_short_run("reinforce", *program())
     reinforce.GPT().load_state_dict(saved["policy"])
     assert saved["args"]["baseline"] == "rloo"
 

@@ -655,6 +655,12 @@ def test_a_line_without_an_end_is_ended_before_the_next(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- The program
 
 
+@pytest.fixture(scope="module", autouse=True)
+def program(tmp_path_factory):
+    words = "--num-responses 64 --sft-steps 5 --epochs 1 --ensemble-size 2 --save-path rm.pt"
+    yield from programs.start(f"reward_model.py {words}", tmp_path_factory.mktemp("program"))
+
+
 @pytest.fixture(autouse=True)
 def short_runs(monkeypatch, tmp_path):
     programs.shorten_runs(monkeypatch, tmp_path, reward_model, *TRAINERS)
@@ -983,21 +989,19 @@ def test_learned_score_is_trained_on_and_the_true_one_logged(script, tmp_path, m
     assert plain["score"] != results[0]["score"] != results[1]["score"]
 
 
-def test_pipeline_in_a_shell(tmp_path):
-    """The real commands: learn, save, load and train on it."""
-    words = "--num-responses 64 --sft-steps 5 --epochs 1 --ensemble-size 2 --save-path rm.pt"
-    command = [sys.executable, str(programs.ROOT / "reward_model.py"), *words.split()]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
-    lines = done.stdout.splitlines()
+def test_pipeline(program):
+    """Learn and save by the real command, load and train on it."""
+    folder, printed = program()
+    lines = printed.splitlines()
     assert lines[0].startswith("reward_model.py")
     speed, left = re.fullmatch(r"100%  loss .* (\d+) steps/s +(\d+) s left", lines[-2]).groups()
     assert int(speed) > 0 and left == "0"
     assert lines[-1].startswith("held-out pair accuracy") and "best of 16" in lines[-1]
-    assert {p.name for p in tmp_path.iterdir()} == {"runs", "rm.pt"}
-    saved = torch.load(tmp_path / "rm.pt", weights_only=True)
+    assert {p.name for p in folder.iterdir()} == {"runs", "rm.pt"}
+    saved = torch.load(folder / "rm.pt", weights_only=True)
     assert saved["script"] == "reward_model.py" and saved["args"]["num_responses"] == "64"
     first, second = saved["models"]
     assert not torch.equal(first["head.weight"], second["head.weight"])
     flags = {"sft_steps": 5, "batch_size": 64, "total_episodes": 64, "rm_uncertainty_coef": 0.5}
-    result = ppo.main(ppo.Args(reward_model=Path("rm.pt"), tensorboard=False, **flags))
+    result = ppo.main(ppo.Args(reward_model=folder / "rm.pt", tensorboard=False, **flags))
     assert all(math.isfinite(value) for value in result.values())
