@@ -9,8 +9,8 @@ Both sides start from the same weights, a GPT fitted to demonstrations, and take
 losses, optimizer and schedule. What is measured, and --parts chooses from:
 
   rates      success on training prompts over learning rates, of other seeds, for grpo and rloo:
-             each side then takes its best. dpo and reward take the script's own, since TRL's loss,
-             optimizer and schedule are the same.
+             both sides then take the one that is best for TRL. dpo and reward take the script's
+             own, since TRL's loss, optimizer and schedule are the same.
   speed      completions or pairs a second, the sides taking turns in one process
   learning   exact results on the held-out prompts after the same number of episodes or pairs
   race       seconds from the command, with imports and all, to 0.95 exact held-out success
@@ -457,19 +457,19 @@ def choose_rates(method, seeds, rates):
     return found
 
 
-def best_rate(found, method, side):
-    """The learning rate with the best mean, of those tried; else the script's own."""
-    tried = found.get("rates", {}).get(method, {}).get(side)
+def best_rate(found, method):
+    """The learning rate with TRL's best mean, of those tried; else the script's own."""
+    tried = found.get("rates", {}).get(method, {}).get("TRL")
     return float(max(tried, key=lambda x: statistics.mean(tried[x]))) if tried else None
 
 
-def measure_learning(method, seeds, rates, steps=None, **how):
+def measure_learning(method, seeds, rate, steps=None, **how):
     """What each side attains on the held-out prompts, one entry a seed."""
     results = {side: [] for side in SIDES}
     for seed in seeds:
         start = warm_start(seed)
         for side in SIDES:
-            job = make_job(method, seed, start, steps, rates[side], **how)
+            job = make_job(method, seed, start, steps, rate, **how)
             results[side].append(run(side, job, start)[0])
             shown = {name: round(x, 4) for name, x in results[side][-1].items()}
             say(f"{method}, learning, seed {seed}, {side}: {shown}")
@@ -510,14 +510,14 @@ def race(side, method, seed, goal, learning_rate):
     return {"seconds": ended - STARTED, "reached": results is None, "best": best[-1]}
 
 
-def measure_race(method, seeds, goal, rates, threads):
+def measure_race(method, seeds, goal, rate, threads):
     """Seconds from the command to the goal of each side, one entry a seed."""
     results = {side: [] for side in SIDES}
     for seed in seeds:
         for side in SIDES:
             words = f"--race {side} --methods {method} --seeds {seed} --goal {goal}".split()
             words += ["--threads", str(threads)]
-            words += ["--rates", str(rates[side])] if rates[side] else []
+            words += ["--rates", str(rate)] if rate else []
             environment = os.environ | {"AGAINST_TRL_STARTED": str(time.time())}
             environment |= {"OMP_NUM_THREADS": str(threads)}
             done = subprocess.run(
@@ -619,10 +619,10 @@ def main():
     parser.add_argument("--steps", type=int, default=24, help="of a turn, in the speed part")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--goal", type=float, default=0.95, help="held-out success of the race")
-    tried = "learning rates that grpo and rloo choose from on training prompts; dpo and reward, of "
+    tried = "learning rates to try grpo and rloo at, on training prompts; dpo and reward, of "
     tried += "which TRL's loss and optimizer are the same, take the script's own"
     parser.add_argument("--rates", type=float, nargs="+", default=[1.5e-3, 3e-3, 6e-3], help=tried)
-    parser.add_argument("--rate-seeds", type=int, nargs="+", default=[11, 12])
+    parser.add_argument("--rate-seeds", type=int, nargs="+", default=[11, 12, 13])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it works")
     parser.add_argument("--race", choices=SIDES, help=argparse.SUPPRESS)
@@ -653,15 +653,15 @@ def main():
                 found["speed"][MIXED] = measure_speed(method, args.turns, args.steps, mixed=True)
         if "rates" in args.parts and method in ("grpo", "rloo"):
             found["rates"][method] = choose_rates(method, args.rate_seeds, args.rates)
-        rates = {side: best_rate(found, method, side) for side in SIDES}
+        rate = best_rate(found, method)
         if "learning" in args.parts:
             steps = args.steps if args.quick else None
-            found["learning"][method] = measure_learning(method, args.seeds, rates, steps)
+            found["learning"][method] = measure_learning(method, args.seeds, rate, steps)
             if method == "dpo":
-                mixed = measure_learning(method, args.seeds, rates, steps, mixed=True)
+                mixed = measure_learning(method, args.seeds, rate, steps, mixed=True)
                 found["learning"][MIXED] = mixed
         if "race" in args.parts and method != "reward":
-            times = measure_race(method, args.seeds, args.goal, rates, args.threads)
+            times = measure_race(method, args.seeds, args.goal, rate, args.threads)
             found["race"][method] = times
         if args.output is not None:  # after each method, for it takes long
             args.output.parent.mkdir(exist_ok=True)

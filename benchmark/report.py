@@ -148,17 +148,22 @@ def digits_table(results):
     return "\n".join([*lines, "", where(results, ["digits_sum20"])])
 
 
-def hacking_table(results):
-    runs = json.loads((RESULTS / "reward_hacking.json").read_text())["runs"]
-    lines = [
-        "| `--rm-uncertainty-coef` | `--kl-coef` | learned reward | true reward | KL at the end |",
-        "|-|-|-|-|-|",
-    ]
-    for run in runs:
-        moved = [f"{run[name][0]:.2f} → {run[name][-1]:.2f}" for name in ("learned", "true")]
-        coefs = [f"{run[name]:g}" for name in ("rm_uncertainty_coef", "kl_coef")]
-        lines.append(f"| {' | '.join([*coefs, *moved, format(run['kl'][-1], '.2f')])} |")
-    return "\n".join(lines)
+def hacking_table(_):
+    """Rewards of the first and the last rollouts, from what reward_hacking.py left."""
+    found = json.loads((RESULTS / "reward_hacking.json").read_text())
+    names = [f"{when} {name}" for name in ("learned", "true") for when in ("first", "last")]
+    heads = ["`--rm-uncertainty-coef`", "`--kl-coef`", *names, "last KL"]
+    lines = [f"| {' | '.join(heads)} |", "|-" * len(heads) + "|"]
+    groups = {}
+    for run in found["runs"]:
+        groups.setdefault((run["rm_uncertainty_coef"], run["kl_coef"]), []).append(run)
+    for coefs, runs in groups.items():
+        ends = [[run[name][i] for run in runs] for name in ("learned", "true") for i in (0, -1)]
+        ends.append([run["kl"][-1] for run in runs])
+        cells = [f"{coef:g}" for coef in coefs] + [spread(values, 2) for values in ends]
+        lines.append(f"| {' | '.join(cells)} |")
+    seeds = ", ".join(str(seed) for seed in found["flags"]["seeds"])
+    return "\n".join([*lines, "", f"Seeds {seeds}. {place(found['machine'])}"])
 
 
 def ppo_output(results):
