@@ -93,11 +93,9 @@ def start(line, folder):
     What it yields waits for the end of the command and returns its folder and what it printed.
     """
     script, *words = line.split()
-    command, env = (
-        [sys.executable, str(ROOT / script), *words],
-        {**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    command = [sys.executable, str(ROOT / script), *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # the tests have the other core
     process = subprocess.Popen(command, cwd=folder, env=env, **pipes)
 
     def result():

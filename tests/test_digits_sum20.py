@@ -6,6 +6,8 @@ import itertools
 import math
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import programs
@@ -25,8 +27,8 @@ REWARDS = {  # of one sum, in plain Python
 
 
 @pytest.fixture(scope="module", autouse=True)
-def two_runs(tmp_path_factory):
-    words = "--no-tensorboard --method rl --epochs 20 --num-seeds 2"
+def three_runs(tmp_path_factory):
+    words = "--no-tensorboard --method rl --epochs 20 --num-seeds 3"
     yield from programs.start(f"digits_sum20.py {words}", tmp_path_factory.mktemp("program"))
 
 
@@ -411,9 +413,10 @@ def test_a_sharp_reward_beats_distance(short_runs):
 
 
 def test_weight_decay_generalises():
-    plain, decayed = (results(name, 600) for name in ("sl", "sl-weight-decay"))
-    assert plain["train/accuracy"] > 0.99 and plain["train/cross_entropy"] < 2
-    assert plain["eval/cross_entropy"] > decayed["eval/cross_entropy"] + 0.3
+    for seed in (1, 2):
+        plain, decayed = (results(name, 1000, seed) for name in ("sl", "sl-weight-decay"))
+        assert plain["train/accuracy"] > 0.99 and plain["train/cross_entropy"] < 2
+        assert plain["eval/cross_entropy"] > decayed["eval/cross_entropy"] + 0.3
 
 
 def test_warm_start_is_sl_with_weight_decay_then_rl(monkeypatch):
@@ -440,9 +443,10 @@ def test_warm_start_is_often_right_from_the_first_rl_epoch():
 
 
 def test_improved_rl_generalises_as_well_as_it_trains():
-    run = results("rl-improved", 1000)
-    assert run["eval/accuracy"] > 0.65 and run["eval/distinct"] > 25
-    assert abs(run["eval/accuracy"] - run["train/accuracy"]) < 0.1
+    for seed in (1, 2):
+        run = results("rl-improved", 1000, seed)
+        assert run["eval/accuracy"] > 0.65 and run["eval/distinct"] > 25
+        assert abs(run["eval/accuracy"] - run["train/accuracy"]) < 0.1
 
 
 # ---------------------------------------------------------------- The command line
@@ -634,14 +638,22 @@ def test_a_figure_of_the_post_is_compared_as_it_is_rounded(capsys):
         assert f"100.0 ±  0.0  {mean:.1f} ± {std:4.1f}   9.0 ±  0.0" in line
 
 
-def test_as_a_program(two_runs, capsys):
+def test_as_a_program(three_runs, capsys):
     """Several runs share the cores and come out as they do one after the other."""
-    folder, printed = two_runs()
-    digits.main(digits.Args(method="rl", epochs=20, num_seeds=2, tensorboard=False))
-    form = r"^rl +[12] +19 .*\.\d{4}|^\| \[.*"  # all but the time: its progress, its answers
+    folder, printed = three_runs()
+    digits.main(digits.Args(method="rl", epochs=20, num_seeds=3, tensorboard=False))
+    form = r"^rl +[123] +19 .*\.\d{4}|^\| \[.*"  # all but the time: its progress, its answers
     shared, alone = (re.findall(form, x, re.M) for x in (printed, capsys.readouterr().out))
-    assert shared == alone and len(shared) == 12
+    assert shared == alone and len(shared) == 13
     assert not list(folder.iterdir())
+
+
+def test_a_run_beside_others_that_diverges_says_so():
+    words = "--no-tensorboard --method rl-entropy --epochs 50 --num-seeds 3 --learning-rate 1e18"
+    command = [sys.executable, digits.__file__, *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "%" not in done.stdout
+    assert done.stderr == "error: rl-entropy diverged by epoch 0; lower --learning-rate\n"
 
 
 def test_curves(ladder):
