@@ -3,11 +3,12 @@
     python benchmark/digits_speed.py                # with as many threads as torch takes by itself
     python benchmark/digits_speed.py --threads 1    # the straightforward loop, too, on one
 
-The two take turns, several times over, and the fastest turn of each counts: what else the machine
-is doing then disturbs both alike, and least.
+The two take turns, so that what else the machine is doing disturbs both alike. Times are medians
+over the turns; so is the ratio, which is taken turn by turn.
 """
 
 import argparse
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -63,23 +64,20 @@ def milliseconds(loop, method, epochs, threads):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--turns", type=int, default=15)
     args = parser.parse_args()
     torch.manual_seed(1)
     print(f"torch {torch.__version__}, straightforward loop on {args.threads} threads, ours on 1")
     print("| epoch | straightforward, ms | digits_sum20.py, ms | times faster |\n|-|-|-|-|")
     for method in ("sl", "rl-sharp", "rl-improved"):
-        plain, fast = [], []
-        for turn in range(args.turns + 1):
-            times = (
-                milliseconds(straightforward, method, 20, args.threads),
-                milliseconds(ours, method, 200, 1),
-            )
-            if turn:  # the first only warms up
-                plain.append(times[0])
-                fast.append(times[1])
-        ratio = min(plain) / min(fast)
-        print(f"| {method} | {min(plain):.2f} | {min(fast):.2f} | {ratio:.1f} |", flush=True)
+        turns = []
+        for _ in range(args.turns + 1):
+            plain = milliseconds(straightforward, method, 20, args.threads)
+            turns.append((plain, milliseconds(ours, method, 200, 1)))
+        del turns[0]  # it only warms up
+        plain, fast = map(statistics.median, zip(*turns, strict=True))
+        ratio = statistics.median(a / b for a, b in turns)
+        print(f"| {method} | {plain:.2f} | {fast:.2f} | {ratio:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

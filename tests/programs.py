@@ -6,6 +6,7 @@ import inspect
 import itertools
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -96,7 +97,7 @@ def start(line, folder):
     command = [sys.executable, str(ROOT / script), *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     env = {**os.environ, "OMP_NUM_THREADS": "1"}  # the tests have the other core
-    process = subprocess.Popen(command, cwd=folder, env=env, **pipes)
+    process = subprocess.Popen(command, cwd=folder, env=env, start_new_session=True, **pipes)
 
     def result():
         printed, errors = process.communicate()
@@ -104,7 +105,8 @@ def start(line, folder):
         return folder, printed
 
     yield result
-    process.kill()
+    if process.poll() is None:  # nobody waited: end it, and its own processes, which hold the pipes
+        os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
 

@@ -367,7 +367,10 @@ def test_rl_samples_from_the_policy_itself(monkeypatch):
         next(steps)
         probs, uniforms = seen[-1]
         torch.testing.assert_close(probs, expected)
-        assert 0.49 < uniforms.mean() < 0.51 and uniforms.std() > 0.28
+        rights = (digits.answer_sums(digits.split_prompts()[0]) == 20).sum(1)
+        drawn = torch.arange(uniforms.shape[1]) < rights[:, None]  # a slot for each right answer
+        assert not uniforms[~drawn].any()
+        assert 0.49 < uniforms[drawn].mean() < 0.51 and uniforms[drawn].std() > 0.28
     assert not torch.equal(seen[0][1], seen[1][1])
 
 
