@@ -170,16 +170,21 @@ def response_states(gpt, prompts, responses):
 
 
 @torch.no_grad()
-def generate(policy, prompts, temperature):
-    """Sample responses (B, R). EOS ends one; as padding it fills the places behind."""
-    responses = prompts[:, :0]  # (B, 0)
+def generate_with_logprobs(policy, prompts, temperature):
+    """Sample responses (B, R). EOS ends one; as padding it fills the places behind.
+
+    With them come the log-probabilities (B, R) that their tokens had when they were drawn, which
+    saves a pass over the responses. Those of padding mean nothing.
+    """
+    responses, logprobs = prompts[:, :0], []  # (B, 0)
     for _ in range(RESPONSE_LENGTH):
         states = policy(torch.cat([prompts, responses], 1), 1)  # (B, 1, D)
         logits = policy.head(states[:, 0]) / temperature  # (B, V)
         token = torch.multinomial(logits.softmax(1), 1)  # (B, 1)
+        logprobs.append(logits.log_softmax(1).gather(1, token))
         ended = (responses == EOS).any(1, keepdim=True)
         responses = torch.cat([responses, torch.where(ended, EOS, token)], 1)
-    return responses
+    return responses, torch.cat(logprobs, 1)
 
 
 def response_mask(responses):
@@ -426,14 +431,12 @@ def main(args: Args) -> dict[str, float]:
         learning_rate = args.learning_rate * min(10 * progress, 1 - progress)
         optimizer.param_groups[0]["lr"] = learning_rate
 
-        # Rollout: sample responses, score them, note what the models think of them.
+        # Rollout: sample responses, score them, note what the reference thinks of them.
         prompts = train_prompts[turns[rollout - 1]].repeat_interleave(args.group_size, 0)  # (B, P)
-        responses = generate(policy, prompts, args.temperature)  # (B, R)
+        responses, old_logprobs = generate_with_logprobs(policy, prompts, args.temperature)
         mask, cut_off = response_mask(responses), (responses != EOS).all(1)  # (B, R), (B,)
         scores = score(prompts, responses)  # (B,)
         with torch.no_grad():
-            logits = policy.head(response_states(policy, prompts, responses)) / args.temperature
-            old_logprobs = token_logprobs(logits, responses)
             ref_logits = reference.head(response_states(reference, prompts, responses))
             ref_logprobs = token_logprobs(ref_logits / args.temperature, responses)
 

@@ -51,6 +51,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from report import spread  # noqa: E402
 
+import dpo  # noqa: E402
 import grpo  # noqa: E402
 
 PROMPTS, GROUP = 64, 8  # a rollout
@@ -207,7 +208,7 @@ def draw_pairs(start, groups, size, temperature, seed):
     train_prompts = grpo.make_prompts()[0]
     turns = torch.randperm(groups) % len(train_prompts)
     prompts = train_prompts[turns].repeat_interleave(size, 0)
-    responses = torch.cat([grpo.generate(start, x, 1.0) for x in prompts.split(4096)])
+    responses = torch.cat([dpo.generate(start, x, 1.0) for x in prompts.split(4096)])
     scores = grpo.reward(prompts, responses).view(groups, size)
     first, second = torch.triu_indices(size, size, 1)
     responses = responses.view(groups, size, -1)

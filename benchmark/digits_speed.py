@@ -1,10 +1,10 @@
 """Milliseconds an epoch of digits_sum20.py, beside a straightforward loop with one row an example.
 
-    python benchmark/digits_speed.py                # with as many threads as torch takes by itself
-    python benchmark/digits_speed.py --threads 1    # the straightforward loop, too, on one
+    python benchmark/digits_speed.py
 
-The two take turns, so that what else the machine is doing disturbs both alike. Times are medians
-over the turns; so is the ratio, which is taken turn by turn.
+The two take turns, with equally many threads, so that what else the machine is doing disturbs both
+alike. Times are medians over the turns; so is the ratio, which is taken turn by turn. The script
+itself gives each run one thread, as it runs several side by side.
 """
 
 import argparse
@@ -63,21 +63,22 @@ def milliseconds(loop, method, epochs, threads):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--turns", type=int, default=15)
     args = parser.parse_args()
     torch.manual_seed(1)
-    print(f"torch {torch.__version__}, straightforward loop on {args.threads} threads, ours on 1")
-    print("| epoch | straightforward, ms | digits_sum20.py, ms | times faster |\n|-|-|-|-|")
-    for method in ("sl", "rl-sharp", "rl-improved"):
-        turns = []
-        for _ in range(args.turns + 1):
-            plain = milliseconds(straightforward, method, 20, args.threads)
-            turns.append((plain, milliseconds(ours, method, 200, 1)))
-        del turns[0]  # it only warms up
-        plain, fast = map(statistics.median, zip(*turns, strict=True))
-        ratio = statistics.median(a / b for a, b in turns)
-        print(f"| {method} | {plain:.2f} | {fast:.2f} | {ratio:.1f} |", flush=True)
+    print(f"torch {torch.__version__}\n")
+    print("| epoch | threads | straightforward, ms | digits_sum20.py, ms | times faster |")
+    print("|-|-|-|-|-|")
+    for threads in sorted({1, torch.get_num_threads()}):
+        for method in ("sl", "rl-sharp", "rl-improved"):
+            turns = []
+            for _ in range(args.turns + 1):
+                plain = milliseconds(straightforward, method, 20, threads)
+                turns.append((plain, milliseconds(ours, method, 200, threads)))
+            del turns[0]  # it only warms up
+            plain, fast = map(statistics.median, zip(*turns, strict=True))
+            ratio = statistics.median(a / b for a, b in turns)
+            print(f"| {method} | {threads} | {plain:.2f} | {fast:.2f} | {ratio:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -278,7 +278,7 @@ def test_rloo(trainers, monkeypatch):
     monkeypatch.setattr(trainer, "reward_weights", torch.ones(1, dtype=torch.float64))
     give = lambda *_, **__: next(found)  # noqa: E731
     monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", give)
-    responses = grpo.generate(random_gpt(), torch.zeros(rows, 3, dtype=torch.long), 1.0)
+    responses = reinforce.generate(random_gpt(), torch.zeros(rows, 3, dtype=torch.long), 1.0)
     mask = reinforce.response_mask(responses)
     lists = [y[real].tolist() for y, real in zip(responses, mask, strict=True)]
     monkeypatch.setattr(trainer, "_generate_single_turn", lambda *_: lists)
@@ -399,7 +399,7 @@ def test_dpo_from_tokens_to_loss(trainers, monkeypatch):
     before = {name: w.clone() for name, w in trainer.model.state_dict().items()}
     trainer.model.load_state_dict(bench.to_gpt2(policy).state_dict())
     prompts = grpo.make_prompts()[0][:16]
-    pairs = [grpo.generate(reference, prompts, 1.0) for _ in range(2)]
+    pairs = [reinforce.generate(reference, prompts, 1.0) for _ in range(2)]
     masks = [grpo.response_mask(y) for y in pairs]
     assert len({tuple(m.sum(1).tolist()) for m in masks}) == 2
     names = "chosen_ids", "rejected_ids"
@@ -444,7 +444,7 @@ def test_reward_is_read_at_eos_if_padding_is_another_token(trainers):
     trainer, _ = trainers("reward")
     gpt = bench.from_gpt2(trainer.model)
     prompts = grpo.make_prompts()[0][:16]
-    y = grpo.generate(random_gpt(), prompts, 1.0)
+    y = reinforce.generate(random_gpt(), prompts, 1.0)
     mask = grpo.response_mask(y)
     assert len(set(mask.sum(1).tolist())) > 1
     lists = [x + r[real].tolist() for x, r, real in zip(prompts.tolist(), y, mask, strict=True)]

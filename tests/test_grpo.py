@@ -10,6 +10,7 @@ import torch
 import tyro
 
 import grpo
+import ppo
 
 PROMPT, OTHER_PROMPT = (4, 3, 3), (2, 1, 2)
 LOSS_TYPES = ["grpo", "dr-grpo", "dapo", "gspo", "cispo"]
@@ -384,6 +385,33 @@ def test_kl_by_loops_weighed_as_the_policy_loss(kind, loss_type):
         assert gradient.isfinite().all() and (gradient[~mask] == 0).all()
 
 
+# ---------------------------------------------------------------- The rollout
+
+
+@torch.no_grad()
+def test_samples_come_with_the_log_probabilities_they_were_drawn_with():
+    """The samples of ppo.py, tested there, and what one pass over whole responses says of them."""
+    torch.manual_seed(3)
+    gpt = grpo.GPT().double()
+    for block in gpt.blocks:  # which are the identity at first, and would hide a mistake
+        torch.nn.init.normal_(block.proj.weight, std=0.2)
+        torch.nn.init.normal_(block.down.weight, std=0.2)
+    gpt.head.bias[10] = 1.0  # so that short responses occur often
+    prompts = grpo.make_prompts()[0]
+    torch.manual_seed(0)
+    responses, logprobs = grpo.generate_with_logprobs(gpt, prompts, 0.7)
+    torch.manual_seed(0)
+    assert torch.equal(responses, ppo.generate(gpt, prompts, 0.7))
+    table = grpo.response_distribution(gpt, prompts, 0.7)  # (N, Y)
+    index = {tuple(y): i for i, y in enumerate(grpo.all_responses().tolist())}
+    chosen = table[torch.arange(len(prompts)), [index[tuple(y)] for y in responses.tolist()]]
+    mask = grpo.response_mask(responses)
+    assert len(mask.sum(1).unique()) == 3
+    close(grpo.masked_sum(logprobs, mask), chosen, 1e-12)
+    whole = gpt.head(grpo.response_states(gpt, prompts, responses)) / 0.7
+    close(logprobs[mask], grpo.token_logprobs(whole, responses)[mask], 1e-12)
+
+
 # ---------------------------------------------------------------- The program
 
 
@@ -450,9 +478,10 @@ def test_what_the_loop_passes_on(monkeypatch, loss_type):
             assert torch.equal(c["logprobs"], k["logprobs"]) and c["logprobs"].requires_grad
             assert torch.equal(c["old_logprobs"], k["old_logprobs"])
             if step == 0:  # the reference is still the old policy
-                torch.testing.assert_close(k["ref_logprobs"], k["old_logprobs"])
-        first = losses[0]
-        torch.testing.assert_close(first["logprobs"], first["old_logprobs"])
+                real = k["mask"]
+                torch.testing.assert_close(k["ref_logprobs"][real], k["old_logprobs"][real])
+        first, real = losses[0], losses[0]["mask"]
+        torch.testing.assert_close(first["logprobs"][real], first["old_logprobs"][real])
         assert not torch.allclose(losses[-1]["logprobs"], losses[-1]["old_logprobs"])
     assert not torch.allclose(kls[0]["ref_logprobs"], kls[0]["old_logprobs"])
     assert logged(calls, "ratio_first") == pytest.approx([1, 1], abs=1e-6)

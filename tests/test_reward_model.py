@@ -957,13 +957,15 @@ def test_learned_score_is_trained_on_and_the_true_one_logged(script, tmp_path, m
             curves.setdefault(f"{group}/{name}", []).append(float(torch.as_tensor(value).detach()))
 
     monkeypatch.setattr(script, "write", noted)
-    rolled, generate = [], script.generate
+    name = "generate_with_logprobs" if script is grpo else "generate"
+    rolled, sample = [], getattr(script, name)
 
     def keep(policy, prompts, temperature):
-        rolled.append((prompts, generate(policy, prompts, temperature)))
-        return rolled[-1][1]
+        sampled = sample(policy, prompts, temperature)
+        rolled.append((prompts, sampled[0] if script is grpo else sampled))
+        return sampled
 
-    monkeypatch.setattr(script, "generate", keep)
+    monkeypatch.setattr(script, name, keep)
     small = {"sft_steps": 20, "batch_size": 64, "total_episodes": 128}
     plain = script.main(script.Args(tensorboard=False, **small))
     assert "charts/gold_score" not in curves
