@@ -322,7 +322,7 @@ def run(args, folder, alone, method, seed):
     Curves go to the folder, if there is one. A run that is alone says how it gets on.
     """
     start = time.perf_counter()
-    torch.set_num_threads(1)  # the tensors are so small that a second thread only costs time
+    torch.set_num_threads(1)  # runs share the cores, and should not differ with their number
     torch.manual_seed(seed)
     (train_prompts, held_out), knobs = split_prompts(), choose_knobs(args, method)
     model = make_model(args.hidden_dim)

@@ -642,9 +642,9 @@ def main():
     if args.output is not None and args.output.exists():  # of other methods and parts
         found = json.loads(args.output.read_text())
     found |= {part: found.get(part, {}) for part in [*args.parts, "measured"]}
-    found["goal"] = args.goal
+    found["goal"], here = args.goal, machine()  # before the results change the tree
     for method in args.methods:
-        found["measured"] |= {f"{method}, {part}": machine() for part in args.parts}
+        found["measured"] |= {f"{method}, {part}": here for part in args.parts}
         if "speed" in args.parts:
             found["speed"][method] = measure_speed(method, args.turns, args.steps)
             if method == "grpo":  # TRL is quickest so, and then needs no old log-probabilities
