@@ -21,7 +21,7 @@ The task: given three digits, write two more and EOS, so that all five sum to 20
 fitted to demonstrations, frozen as the reference, then tuned. All its responses can be enumerated,
 so the evaluation is exact and knows the best attainable J. To adapt it, replace task and policy.
 
-    python dpo.py                     # held-out success 0.59 -> 0.96 in 23 s on two slow cores
+    python dpo.py                     # held-out success 0.59 -> 0.96 in 12 s on two cores
     python dpo.py --loss-type ipo     # or hinge, robust; --help lists every flag
 """
 

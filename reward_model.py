@@ -19,7 +19,7 @@ The task: given three digits, write two more and EOS, so that all five sum to 20
 fitted to right answers and frozen as the reference; its samples are judged. To adapt it, replace
 task, policy, and the synthetic annotator by people: --annotate, or a file of their judgements.
 
-    python reward_model.py --save-path rm.pt && python ppo.py --reward-model rm.pt    # 0.58 -> 0.98
+    python reward_model.py --save-path rm.pt && python ppo.py --reward-model rm.pt    # 0.59 -> 0.99
     python reward_model.py --annotate 50 --preferences mine.jsonl    # judge pairs yourself, then
     python reward_model.py --preferences mine.jsonl                  # learn; --help lists all flags
 """
