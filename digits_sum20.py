@@ -32,6 +32,7 @@ is -sum(credit · log π(answer | prompt)) in all rows; what differs is which an
 import math
 import os
 import random
+import signal
 import statistics
 import sys
 import time
@@ -367,7 +368,9 @@ def main(args: Args) -> dict[str, float]:
     print("row               seed  epoch   train  held-out  distinct  held-out loss  time left")
     results, answers = {method: [] for method in methods}, {}
     train_one = partial(run, args, args.tensorboard and folder, len(runs) == 1)
-    with ProcessPoolExecutor(min(len(runs), os.cpu_count()), get_context("spawn")) as pool:
+    size, context = min(len(runs), os.cpu_count()), get_context("spawn")
+    end_at_ctrl_c = signal.signal, (signal.SIGINT, signal.SIG_DFL)  # and not take up the next run
+    with ProcessPoolExecutor(size, context, *end_at_ctrl_c) as pool:
         # Several runs share the cores, a process each, unless this file was imported: a process
         # would begin by running the program that imported it.
         share = pool.map if len(runs) > 1 and __name__ == "__main__" else map

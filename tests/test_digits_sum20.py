@@ -4,10 +4,13 @@ import contextlib
 import io
 import itertools
 import math
+import os
 import random
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import programs
@@ -649,6 +652,22 @@ def test_as_a_program(three_runs, capsys):
     shared, alone = (re.findall(form, x, re.M) for x in (printed, capsys.readouterr().out))
     assert shared == alone and len(shared) == 13
     assert not list(folder.iterdir())
+
+
+def test_ctrl_c_ends_all_runs_at_once(tmp_path):
+    words = "--method rl --epochs 1000000 --num-seeds 3".split()
+    command = [sys.executable, str(programs.ROOT / "digits_sum20.py"), *words]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **quiet)
+    try:
+        while len(list(tmp_path.glob("runs/*/rl-*"))) < min(3, os.cpu_count()):  # all at work
+            assert process.poll() is None
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)  # what a terminal sends
+        assert process.wait(20) != 0
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_a_run_beside_others_that_diverges_says_so():
