@@ -29,6 +29,7 @@ ppo.py --reward distance
 ppo.py --reward process
 ppo.py --separate-critic
 ppo.py --kl-target 0.3
+ppo.py --kl-coef 0.5 --total-episodes 204800
 ppo.py --sft-steps 0 --total-episodes 204800
 ppo.py --update-epochs 4 --total-episodes 61440 --learning-rate 2e-3
 ppo.py --reward-model rm.pt
