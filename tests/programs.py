@@ -60,18 +60,28 @@ def record(monkeypatch, script, *names):
     return calls
 
 
-def spy(monkeypatch, module, name, before=lambda *args, **more: None):
-    """Record arguments and result of every call of a function, and what before() makes of them."""
+def spy(monkeypatch, module, name, before=lambda *args, **more: None, keep=lambda result: result):
+    """Record, of every call of a function, its arguments, what keep() makes of its result, and what
+    before() made of the arguments before it."""
     calls, function = [], getattr(module, name)
 
     def recorder(*arguments, **more):
         noted = before(*arguments, **more)
         result = function(*arguments, **more)
-        calls.append((arguments, result, noted))
+        calls.append((arguments, keep(result), noted))
         return result
 
     monkeypatch.setattr(module, name, recorder)
     return calls
+
+
+def spy_on_samples(monkeypatch, script, before=lambda *args: None):
+    """The same of the function that samples; of its results, the responses (B, R) alone."""
+    if script.__name__ == "grpo":
+        name, keep = "generate_with_logprobs", lambda result: result[0]
+    else:
+        name, keep = "generate", lambda result: result
+    return spy(monkeypatch, script, name, before, keep)
 
 
 def tick(monkeypatch, script):

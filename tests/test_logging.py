@@ -16,7 +16,6 @@ import reinforce
 EOS, KL_COEF = 10, 0.3
 SHORT = {"batch_size": 64, "total_episodes": 192, "sft_steps": 20, "tensorboard": False}
 SHORT |= {"temperature": 0.8, "reward": "sharp", "kl_coef": KL_COEF, "learning_rate": 0.01}
-SAMPLER = {ppo: "generate", grpo: "generate_with_logprobs", reinforce: "generate"}
 
 
 @pytest.fixture(autouse=True)
@@ -45,13 +44,12 @@ def token_logprobs(policy, prompts, responses):
 
 @pytest.mark.parametrize("script", [ppo, grpo, reinforce], ids=lambda script: script.__name__)
 def test_charts_are_means_over_the_responses(script, monkeypatch):
-    rollouts = programs.spy(monkeypatch, script, SAMPLER[script], lambda *args: copy.deepcopy(args))
+    rollouts = programs.spy_on_samples(monkeypatch, script, lambda *args: copy.deepcopy(args))
     once = {} if script is reinforce else {"update_epochs": 1, "num_minibatches": 1}
     logged = curves(monkeypatch, script, **once)
     assert len(rollouts) == 3
     reference = copy.deepcopy(rollouts[0][2][0])
-    for i, (_, sampled, (policy, prompts, _)) in enumerate(rollouts):
-        responses = sampled[0] if script is grpo else sampled
+    for i, (_, responses, (policy, prompts, _)) in enumerate(rollouts):
         rows = responses.tolist()
         lengths = [min([*y, EOS].index(EOS) + 1, 3) for y in rows]
         pairs = zip(prompts.tolist(), rows, lengths, strict=True)
@@ -164,7 +162,7 @@ def test_evaluations_before_and_after_are_logged(script, monkeypatch):
 @pytest.mark.parametrize("script", [ppo, grpo, reinforce], ids=lambda script: script.__name__)
 def test_prompts_come_in_turn(script, monkeypatch):
     """All training prompts, in an order of chance, before any comes again, in another order."""
-    rollouts = programs.spy(monkeypatch, script, SAMPLER[script])
+    rollouts = programs.spy_on_samples(monkeypatch, script)
     once = {} if script is reinforce else {"update_epochs": 1, "num_minibatches": 1}
     size = 1 if script is ppo else 4
     group = {} if script is ppo else {"group_size": size}

@@ -957,15 +957,7 @@ def test_learned_score_is_trained_on_and_the_true_one_logged(script, tmp_path, m
             curves.setdefault(f"{group}/{name}", []).append(float(torch.as_tensor(value).detach()))
 
     monkeypatch.setattr(script, "write", noted)
-    name = "generate_with_logprobs" if script is grpo else "generate"
-    rolled, sample = [], getattr(script, name)
-
-    def keep(policy, prompts, temperature):
-        sampled = sample(policy, prompts, temperature)
-        rolled.append((prompts, sampled[0] if script is grpo else sampled))
-        return sampled
-
-    monkeypatch.setattr(script, name, keep)
+    rolled = programs.spy_on_samples(monkeypatch, script)
     small = {"sft_steps": 20, "batch_size": 64, "total_episodes": 128}
     plain = script.main(script.Args(tensorboard=False, **small))
     assert "charts/gold_score" not in curves
@@ -976,7 +968,7 @@ def test_learned_score_is_trained_on_and_the_true_one_logged(script, tmp_path, m
         script.main(script.Args(reward_model=path, rm_uncertainty_coef=coef, **small))
         for coef in (0.0, 1.0)
     ]
-    for i, (prompts, responses) in enumerate(rolled):
+    for i, ((_, prompts, _), responses, _) in enumerate(rolled):
         learned = script.load_reward_model(path, float(i >= 2), "cpu")(prompts, responses)
         gold = [
             oracle.score(x, tuple(y))
