@@ -170,21 +170,20 @@ def response_states(gpt, prompts, responses):
 
 
 @torch.no_grad()
-def generate_with_logprobs(policy, prompts, temperature):
+def generate_with_states(policy, prompts, temperature):
     """Sample responses (B, R). EOS ends one; as padding it fills the places behind.
 
-    With them come the log-probabilities (B, R) that their tokens had when they were drawn, which
-    saves a pass over the responses. Those of padding mean nothing.
+    With them come the hidden states (B, R, D) that chose their tokens, which saves the pass over
+    whole responses that response_states would take.
     """
-    responses, logprobs = prompts[:, :0], []  # (B, 0)
+    responses, states = prompts[:, :0], []  # (B, 0)
     for _ in range(RESPONSE_LENGTH):
-        states = policy(torch.cat([prompts, responses], 1), 1)  # (B, 1, D)
-        logits = policy.head(states[:, 0]) / temperature  # (B, V)
+        states.append(policy(torch.cat([prompts, responses], 1), 1))  # (B, 1, D)
+        logits = policy.head(states[-1][:, 0]) / temperature  # (B, V)
         token = torch.multinomial(logits.softmax(1), 1)  # (B, 1)
-        logprobs.append(logits.log_softmax(1).gather(1, token))
         ended = (responses == EOS).any(1, keepdim=True)
         responses = torch.cat([responses, torch.where(ended, EOS, token)], 1)
-    return responses, torch.cat(logprobs, 1)
+    return responses, torch.cat(states, 1)
 
 
 def response_mask(responses):
@@ -433,10 +432,11 @@ def main(args: Args) -> dict[str, float]:
 
         # Rollout: sample responses, score them, note what the reference thinks of them.
         prompts = train_prompts[turns[rollout - 1]].repeat_interleave(args.group_size, 0)  # (B, P)
-        responses, old_logprobs = generate_with_logprobs(policy, prompts, args.temperature)
+        responses, states = generate_with_states(policy, prompts, args.temperature)
         mask, cut_off = response_mask(responses), (responses != EOS).all(1)  # (B, R), (B,)
         scores = score(prompts, responses)  # (B,)
         with torch.no_grad():
+            old_logprobs = token_logprobs(policy.head(states) / args.temperature, responses)
             ref_logits = reference.head(response_states(reference, prompts, responses))
             ref_logprobs = token_logprobs(ref_logits / args.temperature, responses)
 

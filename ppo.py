@@ -191,16 +191,20 @@ def response_states(gpt, prompts, responses):
 
 
 @torch.no_grad()
-def generate(policy, prompts, temperature):
-    """Sample responses (B, R). EOS ends one; as padding it fills the places behind."""
-    responses = prompts[:, :0]  # (B, 0)
+def generate_with_states(policy, prompts, temperature):
+    """Sample responses (B, R). EOS ends one; as padding it fills the places behind.
+
+    With them come the hidden states (B, R, D) that chose their tokens, which saves the pass over
+    whole responses that response_states would take.
+    """
+    responses, states = prompts[:, :0], []  # (B, 0)
     for _ in range(RESPONSE_LENGTH):
-        states = policy(torch.cat([prompts, responses], 1), 1)  # (B, 1, D)
-        logits = policy.head(states[:, 0]) / temperature  # (B, V)
+        states.append(policy(torch.cat([prompts, responses], 1), 1))  # (B, 1, D)
+        logits = policy.head(states[-1][:, 0]) / temperature  # (B, V)
         token = torch.multinomial(logits.softmax(1), 1)  # (B, 1)
         ended = (responses == EOS).any(1, keepdim=True)
         responses = torch.cat([responses, torch.where(ended, EOS, token)], 1)
-    return responses
+    return responses, torch.cat(states, 1)
 
 
 def response_mask(responses):
@@ -409,13 +413,11 @@ def evaluate(logprobs, ref_logprobs, prompts, score, kl_coef):
 
 
 # ------------------------------------------------------------------ Training
-def predict(policy, critic, prompts, responses, temperature):
-    """Logits (B, R, V) and values (B, R) from before each token. critic: a GPT, or only a head."""
-    states = response_states(policy, prompts, responses)
-    logits = policy.head(states) / temperature
+def token_values(critic, states, prompts, responses):
+    """Values (B, R) from before each token. critic: a head on the policy's states, or a GPT."""
     if isinstance(critic, GPT):
-        return logits, critic.head(response_states(critic, prompts, responses)).squeeze(2)
-    return logits, critic(states).squeeze(2)
+        return critic.head(response_states(critic, prompts, responses)).squeeze(2)
+    return critic(states).squeeze(2)
 
 
 def write(writer, group, metrics, step):
@@ -462,12 +464,12 @@ def main(args: Args) -> dict[str, float]:
 
         # Rollout: sample responses, score them, note what the models think of them.
         prompts = train_prompts[turns[rollout - 1]]  # (B, P)
-        responses = generate(policy, prompts, args.temperature)  # (B, R)
+        responses, states = generate_with_states(policy, prompts, args.temperature)
         mask, cut_off = response_mask(responses), (responses != EOS).all(1)  # (B, R), (B,)
         scores = score(prompts, responses)  # (B,), or (B, R) for a process reward
         with torch.no_grad():
-            logits, old_values = predict(policy, critic, prompts, responses, args.temperature)
-            old_logprobs = token_logprobs(logits, responses)
+            old_logprobs = token_logprobs(policy.head(states) / args.temperature, responses)
+            old_values = token_values(critic, states, prompts, responses)  # (B, R)
             ref_logits = reference.head(response_states(reference, prompts, responses))
             ref_logprobs = token_logprobs(ref_logits / args.temperature, responses)
 
@@ -489,8 +491,9 @@ def main(args: Args) -> dict[str, float]:
         updates = []
         for rows in epochs.view(-1, args.batch_size // args.num_minibatches):
             x, y, real, old, ref, old_v, adv, ret = (tensor[rows] for tensor in data)
-            logits, values = predict(policy, critic, x, y, args.temperature)
-            logprobs = token_logprobs(logits, y)
+            states = response_states(policy, x, y)
+            logits = policy.head(states) / args.temperature
+            logprobs, values = token_logprobs(logits, y), token_values(critic, states, x, y)
             pg_loss, metrics = policy_loss(logprobs, old, adv, real, args.clip_coef, args.dual_clip)
             if updates and args.target_kl is not None and metrics["approx_kl"] > args.target_kl:
                 break

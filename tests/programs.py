@@ -77,11 +77,9 @@ def spy(monkeypatch, module, name, before=lambda *args, **more: None, keep=lambd
 
 def spy_on_samples(monkeypatch, script, before=lambda *args: None):
     """The same of the function that samples; of its results, the responses (B, R) alone."""
-    if script.__name__ == "grpo":
-        name, keep = "generate_with_logprobs", lambda result: result[0]
-    else:
-        name, keep = "generate", lambda result: result
-    return spy(monkeypatch, script, name, before, keep)
+    if hasattr(script, "generate"):
+        return spy(monkeypatch, script, "generate", before)
+    return spy(monkeypatch, script, "generate_with_states", before, lambda result: result[0])
 
 
 def tick(monkeypatch, script):

@@ -10,7 +10,6 @@ import torch
 import tyro
 
 import grpo
-import ppo
 
 PROMPT, OTHER_PROMPT = (4, 3, 3), (2, 1, 2)
 LOSS_TYPES = ["grpo", "dr-grpo", "dapo", "gspo", "cispo"]
@@ -383,33 +382,6 @@ def test_kl_by_loops_weighed_as_the_policy_loss(kind, loss_type):
         assert loss.item() == pytest.approx(float(expected), abs=1e-6)
         (gradient,) = torch.autograd.grad(loss, x)
         assert gradient.isfinite().all() and (gradient[~mask] == 0).all()
-
-
-# ---------------------------------------------------------------- The rollout
-
-
-@torch.no_grad()
-def test_samples_come_with_the_log_probabilities_they_were_drawn_with():
-    """The samples of ppo.py, tested there, and what one pass over whole responses says of them."""
-    torch.manual_seed(3)
-    gpt = grpo.GPT().double()
-    for block in gpt.blocks:  # which are the identity at first, and would hide a mistake
-        torch.nn.init.normal_(block.proj.weight, std=0.2)
-        torch.nn.init.normal_(block.down.weight, std=0.2)
-    gpt.head.bias[10] = 1.0  # so that short responses occur often
-    prompts = grpo.make_prompts()[0]
-    torch.manual_seed(0)
-    responses, logprobs = grpo.generate_with_logprobs(gpt, prompts, 0.7)
-    torch.manual_seed(0)
-    assert torch.equal(responses, ppo.generate(gpt, prompts, 0.7))
-    table = grpo.response_distribution(gpt, prompts, 0.7)  # (N, Y)
-    index = {tuple(y): i for i, y in enumerate(grpo.all_responses().tolist())}
-    chosen = table[torch.arange(len(prompts)), [index[tuple(y)] for y in responses.tolist()]]
-    mask = grpo.response_mask(responses)
-    assert len(mask.sum(1).unique()) == 3
-    close(grpo.masked_sum(logprobs, mask), chosen, 1e-12)
-    whole = gpt.head(grpo.response_states(gpt, prompts, responses)) / 0.7
-    close(logprobs[mask], grpo.token_logprobs(whole, responses)[mask], 1e-12)
 
 
 # ---------------------------------------------------------------- The program

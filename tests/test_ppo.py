@@ -165,14 +165,15 @@ def test_token_logprobs_are_those_of_the_distribution():
 
 @torch.no_grad()
 @pytest.mark.parametrize("separate", [False, True])
-def test_predictions_are_made_before_each_token_at_the_temperature(separate):
+def test_values_are_of_what_precedes_each_token(separate):
     gpt, prompts = make_gpt(), torch.tensor([PROMPT])
     critic = ppo.GPT(outputs=1).double() if separate else torch.nn.Linear(64, 1).double()
     responses = torch.tensor([[7, 3, 10]])
-    logits, values = ppo.predict(gpt, critic, prompts, responses, 0.7)
+    states = ppo.response_states(gpt, prompts, responses)
+    values = ppo.token_values(critic, states, prompts, responses)
     for t in range(3):
         tokens = torch.cat([prompts, responses[:, :t]], 1)
-        torch.testing.assert_close(logits[0, t], gpt.head(gpt(tokens))[0, -1] / 0.7)
+        torch.testing.assert_close(states[0, t], gpt(tokens)[0, -1])
         value = critic.head(critic(tokens)) if separate else critic(gpt(tokens))
         torch.testing.assert_close(values[0, t], value[0, -1, 0])
 
@@ -181,7 +182,7 @@ def test_samples_follow_the_distribution_at_the_temperature():
     gpt, n = make_gpt().float(), 10_000
     gpt.head.bias.data[10] = 1.0  # so that short responses occur often
     torch.manual_seed(0)
-    samples = ppo.generate(gpt, torch.tensor([PROMPT]).expand(n, 3), 0.5)
+    samples, _ = ppo.generate_with_states(gpt, torch.tensor([PROMPT]).expand(n, 3), 0.5)
     assert (samples[:, 1:][samples[:, :-1] == 10] == 10).all()  # EOS stays EOS
     counts = dict.fromkeys(oracle.responses(), 0)
     for y in samples.tolist():
@@ -189,6 +190,15 @@ def test_samples_follow_the_distribution_at_the_temperature():
     probs = ppo.response_distribution(gpt, torch.tensor([PROMPT]), 0.5)[0].exp().tolist()
     for y, p in zip(ppo.all_responses().tolist(), probs, strict=True):
         assert abs(counts[real_tokens(y)] / n - p) < 5 * math.sqrt(p * (1 - p) / n) + 1e-3
+
+
+@torch.no_grad()
+def test_samples_come_with_the_states_that_chose_them():
+    gpt, (prompts, _) = make_gpt(), ppo.make_prompts()
+    gpt.head.bias[10] = 1.0  # so that short responses occur often
+    responses, states = ppo.generate_with_states(gpt, prompts, 0.7)
+    assert len(ppo.response_mask(responses).sum(1).unique()) == 3
+    torch.testing.assert_close(states, ppo.response_states(gpt, prompts, responses))
 
 
 def test_what_follows_eos_does_not_reach_the_real_tokens():

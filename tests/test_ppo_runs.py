@@ -192,7 +192,8 @@ def test_policy_starts_at_the_reference_at_any_temperature(tmp_path):
     run(temperature=0.5, tensorboard=True, sft_steps=50)
     events = EventAccumulator(str(next((tmp_path / "runs").iterdir())))
     events.Reload()
-    assert events.Scalars("charts/kl")[0].value == 0 and events.Scalars("charts/kl")[1].value != 0
+    first, second = (point.value for point in events.Scalars("charts/kl"))
+    assert abs(first) < 1e-6 < abs(second)
     assert abs(events.Scalars("losses/ratio_first")[0].value - 1) < 1e-6
 
 
@@ -257,9 +258,9 @@ def test_an_entropy_bonus_raises_the_entropy(default_result):
 
 
 def test_only_responses_without_eos_pay_the_penalty(monkeypatch):
-    sampled, rewarded = spy(monkeypatch, "generate"), spy(monkeypatch, "compute_gae")
+    sampled, rewarded = spy(monkeypatch, "generate_with_states"), spy(monkeypatch, "compute_gae")
     run(missing_eos_penalty=7.0, sft_steps=0, kl_coef=0.0)
-    for (_, responses), ((rewards, *_), _) in zip(sampled, rewarded, strict=True):
+    for (_, (responses, _)), ((rewards, *_), _) in zip(sampled, rewarded, strict=True):
         cut_off = (responses != ppo.EOS).all(1)
         assert 0 < cut_off.sum() < len(cut_off)
         assert (rewards[cut_off] == torch.tensor([0, 0, -7])).all()
@@ -272,6 +273,23 @@ def test_the_critic_starts_without_an_opinion(monkeypatch, separate):
     run(separate_critic=separate, total_episodes=64)
     ((_, values, *_), _) = calls[0]
     assert values.unique().numel() == 1  # its bias
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_values_are_of_their_own_rows_and_train_what_they_are_read_from(monkeypatch, separate):
+    sampled, function, reached = spy(monkeypatch, "generate_with_states"), ppo.value_loss, []
+
+    def value_loss(values, old_values, returns, mask, clip_coef):
+        torch.testing.assert_close(values, old_values)  # no step has been taken since the rollout
+        loss, ((policy, *_), _) = function(values, old_values, returns, mask, clip_coef), sampled[0]
+        of = policy.blocks[0].qkv.weight
+        (gradient,) = torch.autograd.grad(loss, of, retain_graph=True, allow_unused=True)
+        reached.append(values.std() > 0 and gradient is not None and bool((gradient != 0).any()))
+        return loss
+
+    monkeypatch.setattr(ppo, "value_loss", value_loss)
+    run(separate_critic=separate, num_minibatches=1, update_epochs=1)
+    assert reached == [False, not separate]  # at first the critic has no opinion
 
 
 def test_the_score_of_a_response_is_the_sum_of_its_rewards(monkeypatch, tmp_path):
@@ -296,7 +314,7 @@ def test_returns_are_those_before_whitening(monkeypatch):
 
 def test_training_prompts_are_what_is_trained_on(monkeypatch):
     train, _ = ppo.make_prompts()
-    calls = spy(monkeypatch, "generate")
+    calls = spy(monkeypatch, "generate_with_states")
     run(batch_size=512, total_episodes=1024)
     known = {tuple(prompt) for prompt in train.tolist()}
     assert {tuple(prompt) for (_, prompts, _), _ in calls for prompt in prompts.tolist()} <= known

@@ -8,6 +8,7 @@ import pytest
 import torch
 import tyro
 
+import ppo
 import reinforce
 from benchmark import gradient_variance as noise
 
@@ -353,6 +354,20 @@ def test_bonuses_and_penalties_have_the_right_sign(monkeypatch):
     run(baseline="value", vf_coef=10.0)
     moved = [c["logprobs"].sum().item() for c in calls["reinforce_loss"][2:]]
     assert plain[0] == moved[0] and plain[1] != moved[1]
+
+
+@torch.no_grad()
+def test_samples_are_those_of_ppo():
+    """The sampling of ppo.py, tested there, without the states that it keeps."""
+    torch.manual_seed(3)
+    gpt, (prompts, _) = reinforce.GPT(), reinforce.make_prompts()
+    for parameter in gpt.parameters():  # blocks that are not the identity, and an EOS now and then
+        parameter += 0.2 * torch.randn_like(parameter)
+    torch.manual_seed(0)
+    responses = reinforce.generate(gpt, prompts, 0.7)
+    assert len(reinforce.response_mask(responses).sum(1).unique()) == 3
+    torch.manual_seed(0)
+    assert torch.equal(responses, ppo.generate_with_states(gpt, prompts, 0.7)[0])
 
 
 def test_success_rises_from_the_warm_start():
