@@ -356,6 +356,35 @@ def test_bonuses_and_penalties_have_the_right_sign(monkeypatch):
     assert plain[0] == moved[0] and plain[1] != moved[1]
 
 
+def test_values_are_read_from_the_states_of_their_own_rows(monkeypatch):
+    """The critic is linear, so what is subtracted is a linear function of the right states."""
+    found = programs.spy(monkeypatch, reinforce, "response_states", keep=torch.detach)
+    calls = programs.record(monkeypatch, reinforce, "reinforce_loss")
+    returns = programs.spy(monkeypatch, reinforce, "returns_to_go")
+    sampled = programs.spy_on_samples(monkeypatch, reinforce)
+    run(baseline="value", total_episodes=192)
+    (policy, *_), *_ = sampled[0]
+    states = [x for (gpt, prompts, _), x, _ in found if gpt is policy and len(prompts) == 64]
+    loss, (_, totals, _) = calls["reinforce_loss"][-1], returns[-1]
+    mask = loss["mask"]
+    assert len(states) == 3 and mask.sum() > 150
+    inputs = torch.nn.functional.pad(states[-1][mask], (0, 1), value=1.0).double()  # (n, D + 1)
+    values = (totals - loss["advantages"])[mask].double()
+    fit = inputs @ torch.linalg.lstsq(inputs, values).solution
+    assert (fit - values).norm() < 1e-3 * (values - values.mean()).norm()
+
+
+@pytest.mark.parametrize("vf_coef", [0.0, 1.0])
+def test_the_value_loss_trains_the_policy_under_the_critic(monkeypatch, vf_coef):
+    monkeypatch.setattr(reinforce, "reinforce_loss", lambda logprobs, *_: 0 * logprobs.sum())
+    weights = lambda policy, *_: policy.blocks[0].qkv.weight.clone()  # noqa: E731
+    sampled = programs.spy(monkeypatch, reinforce, "generate", weights)
+    run(baseline="value", vf_coef=vf_coef, total_episodes=192)
+    _, second, third = (noted for *_, noted in sampled)  # at first the critic reads nothing
+    decay = 1 - 0.01 * reinforce.Args.learning_rate * 0.5  # of AdamW, at half the rate
+    assert torch.allclose(third, second * decay, rtol=0, atol=1e-6) == (vf_coef == 0)
+
+
 @torch.no_grad()
 def test_samples_are_those_of_ppo():
     """The sampling of ppo.py, tested there, without the states that it keeps."""
