@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parent.parent
 WARM = {}  # policies and states of the generator after a warm start, by script, seed and steps
@@ -118,10 +119,21 @@ def start(line, folder):
     process.communicate()
 
 
+def check_hyperparameters(folder, flags, **given):
+    """The table of flags and their values in a run's events: all flags, with the values given."""
+    event, *others = EventAccumulator(str(folder)).Reload().Tensors("hyperparameters/text_summary")
+    (text,) = event.tensor_proto.string_val
+    head, rule, *rows = text.decode().splitlines()
+    assert (head, rule, others) == ("|flag|value|", "|-|-|", [])
+    table = dict(row.strip("|").split("|") for row in rows)
+    assert len(table) == len(rows) and table.keys() == vars(flags).keys()
+    assert given.items() <= table.items()
+
+
 SHORT_RUN = "--total-episodes 640 --batch-size 64 --sft-steps 20 --save-path model.pt"
 
 
-def check_short_run(script, folder, printed):
+def check_short_run(script, args, folder, printed):
     """The weights that a run of SHORT_RUN saved and its TensorBoard folder, once header, progress,
     verdict and files are as they should be."""
     lines = printed.splitlines()
@@ -139,7 +151,8 @@ def check_short_run(script, folder, printed):
     saved = torch.load(folder / "model.pt", weights_only=True)
     assert saved["script"] == f"{script}.py"
     (events,) = (folder / "runs").iterdir()
-    assert events.name.startswith(f"{script}__1__") and any(events.iterdir())
+    assert events.name.startswith(f"{script}__1__")
+    check_hyperparameters(events, args, batch_size="64", seed="1", save_path="model.pt")
     return saved, events
 
 

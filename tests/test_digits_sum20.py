@@ -692,5 +692,6 @@ def test_curves(ladder):
         assert set(EventAccumulator(str(child)).Reload().Tags()["scalars"]) == names
     digits.main(digits.Args(method="joint", epochs=200))
     (folder,) = Path("runs").iterdir()
+    programs.check_hyperparameters(folder, digits.Args(), method="joint", epochs="200")
     events = EventAccumulator(str(folder / "joint-1")).Reload()
     assert [point.step for point in events.Scalars("eval/accuracy")] == [*range(0, 200, 2), 199]

@@ -677,7 +677,8 @@ def test_program_in_a_shell(program):
     assert saved["script"] == "dpo.py" and saved["args"]["num_responses"] == "160"
     dpo.GPT().load_state_dict(saved["policy"])
     (events,) = (folder / "runs").iterdir()
-    assert events.name.startswith("dpo__1__") and any(events.iterdir())
+    assert events.name.startswith("dpo__1__")
+    programs.check_hyperparameters(events, dpo.Args(), num_responses="160", seed="1")
 
 
 def test_the_pictures_show_the_policy_before_and_after(monkeypatch):

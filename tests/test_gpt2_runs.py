@@ -896,6 +896,7 @@ def test_program_in_a_shell(program, monkeypatch):
     assert wanted <= set(tags["scalars"])
     texts = [tag for tag in tags["tensors"] if "hyperparameters" not in tag]
     assert texts and len(texts) < len(tags["tensors"])
+    programs.check_hyperparameters(folder, gpt2.Args(), model="embedded", seed="1")
     for event in events.Scalars("losses/ratio_first"):
         assert abs(event.value - 1) < 1e-5  # before the first step the policy is the old one
     assert abs(events.Scalars("charts/kl")[0].value) < 1e-5

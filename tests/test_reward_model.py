@@ -996,6 +996,9 @@ def test_pipeline(program):
     assert saved["script"] == "reward_model.py" and saved["args"]["num_responses"] == "64"
     first, second = saved["models"]
     assert not torch.equal(first["head.weight"], second["head.weight"])
+    (events,) = (folder / "runs").iterdir()
+    assert events.name.startswith("reward_model__1__")
+    programs.check_hyperparameters(events, reward_model.Args(), num_responses="64", seed="1")
     flags = {"sft_steps": 5, "batch_size": 64, "total_episodes": 64, "rm_uncertainty_coef": 0.5}
     result = ppo.main(ppo.Args(reward_model=folder / "rm.pt", tensorboard=False, **flags))
     assert all(math.isfinite(value) for value in result.values())
