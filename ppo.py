@@ -10,7 +10,7 @@ The task: given three digits, write two more and EOS, so that all five sum to 20
 fitted to demonstrations, frozen as the reference, then tuned. All its responses can be enumerated,
 so the evaluation is exact and knows the best attainable J. To adapt it, replace task and policy.
 
-    python ppo.py                  # held-out success 0.59 -> 0.99 in 24 s on two cores
+    python ppo.py                  # held-out success 0.59 -> 0.99 in 19 s on two cores
     python ppo.py --kl-coef 0.2    # stay closer to the reference; --help lists every flag
 """
 

@@ -11,7 +11,7 @@ The task: given three digits, write two more and EOS, so that all five sum to 20
 fitted to demonstrations, frozen as the reference, then tuned. All its responses can be enumerated,
 so the evaluation is exact and knows the best attainable J. To adapt it, replace task and policy.
 
-    python reinforce.py                    # held-out success 0.59 -> 0.98 in 20 s on two cores
+    python reinforce.py                    # held-out success 0.59 -> 0.98 in 17 s on two cores
     python reinforce.py --baseline none    # the same gradient with more noise; see --help
 """
 
