@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from report import place
+from run import machine
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import digits_sum20 as digits
@@ -66,7 +68,6 @@ def main():
     parser.add_argument("--turns", type=int, default=15)
     args = parser.parse_args()
     torch.manual_seed(1)
-    print(f"torch {torch.__version__}\n")
     print("| epoch | threads | straightforward, ms | digits_sum20.py, ms | times faster |")
     print("|-|-|-|-|-|")
     for threads in sorted({1, torch.get_num_threads()}):
@@ -79,6 +80,7 @@ def main():
             plain, fast = map(statistics.median, zip(*turns, strict=True))
             ratio = statistics.median(a / b for a, b in turns)
             print(f"| {method} | {threads} | {plain:.2f} | {fast:.2f} | {ratio:.1f} |", flush=True)
+    print(f"\n{place(machine(torch.get_num_threads()))}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from report import place
+from run import machine
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["reinforce", "ppo", "grpo", "dpo", "reward_model", "digits_sum20", "gpt2_sentiment"]
 
@@ -39,6 +42,7 @@ def main():
             subprocess.run(words, cwd=folder, env=env, stdout=subprocess.DEVNULL, check=True)
             seconds, used = time.perf_counter() - start, processor_seconds() - before
         print(f"| `{script}.py` | {seconds:.0f} | {used:.0f} |", flush=True)
+    print(f"\n{place(machine(args.threads))}")
 
 
 if __name__ == "__main__":
