@@ -11,7 +11,7 @@ The task: given three digits, write two more and EOS, so that all five sum to 20
 fitted to demonstrations, frozen as the reference, then tuned. All its responses can be enumerated,
 so the evaluation is exact and knows the best attainable J. To adapt it, replace task and policy.
 
-    python grpo.py                        # held-out success 0.59 -> 0.98 in 14 s on two cores
+    python grpo.py                        # held-out success 0.59 -> 0.98 in 15 s on two cores
     python grpo.py --loss-type dr-grpo    # or dapo, gspo, cispo; --help lists every flag
 """
 
