@@ -74,8 +74,9 @@ def check(args, flags, valid, why):
 
 
 def check_args(args):
-    counts = "total_episodes batch_size group_size update_epochs num_minibatches"
+    counts = "total_episodes batch_size update_epochs num_minibatches"
     check(args, counts, lambda v: v >= 1, "must be 1 or more")
+    check(args, "group_size", lambda v: v >= 2, "must be 2 or more, to compare scores in a group")
     positive = "learning_rate max_grad_norm temperature clip_coef clip_coef_high"
     check(args, positive, lambda v: 0 < v < 2**63, "must be above 0, and finite")
     amounts = "seed sft_steps kl_coef rm_uncertainty_coef"

@@ -479,8 +479,11 @@ def test_group_statistics_are_logged(monkeypatch):
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_groups_of_one_leave_the_policy_where_it_is(loss_type):
-    result = run(group_size=1, kl_coef=0.0, loss_type=loss_type)
+def test_groups_of_equal_scores_leave_the_policy_where_it_is(monkeypatch, loss_type):
+    advantages = grpo.group_advantages
+    equal = lambda scores, *how: advantages(torch.full_like(scores, 0.3), *how)  # noqa: E731
+    monkeypatch.setattr(grpo, "group_advantages", equal)
+    result = run(kl_coef=0.0, loss_type=loss_type)
     assert abs(result["kl"]) < 1e-3  # nothing but weight decay moves it
     assert all(math.isfinite(v) for name, v in result.items() if name != "optimality")
 
@@ -509,7 +512,7 @@ CHOICES = [
     {"reward": "sharp"},
     {"reward": "distance"},
     {"group_size": 8},
-    {"group_size": 1},
+    {"group_size": 2},
     {"update_epochs": 2},
     {"num_minibatches": 1},
     {"scale_rewards": "group"},
@@ -543,7 +546,7 @@ def test_every_loss_type_trains_to_another_policy():
 BAD = {
     "batch_size": [0, 1000],
     "total_episodes": [0, 10],
-    "group_size": [0, 7],
+    "group_size": [0, 1, 7],
     "num_minibatches": [0, 7],
     "update_epochs": [0],
     "learning_rate": [0.0, float("nan"), float("inf")],
@@ -572,7 +575,7 @@ def test_bad_values_end_with_one_line_and_nothing_written(flag, value, capsys, t
 
 
 def test_values_at_the_border_are_taken():
-    grpo.check_args(grpo.Args(seed=0, kl_coef=0.0, sft_steps=0, group_size=1, update_epochs=1))
+    grpo.check_args(grpo.Args(seed=0, kl_coef=0.0, sft_steps=0, group_size=2, update_epochs=1))
     grpo.check_args(grpo.Args(seed=2**63 - 1, total_episodes=256, num_minibatches=256))
 
 
