@@ -133,11 +133,11 @@ def check_hyperparameters(folder, flags, **given):
 SHORT_RUN = "--total-episodes 640 --batch-size 64 --sft-steps 20 --save-path model.pt"
 
 
-def check_short_run(script, args, folder, printed):
+def check_short_run(script, folder, printed):
     """The weights that a run of SHORT_RUN saved and its TensorBoard folder, once header, progress,
     verdict and files are as they should be."""
-    lines = printed.splitlines()
-    assert lines[0].startswith(f"{script}.py")
+    lines, name = printed.splitlines(), script.__name__
+    assert lines[0].startswith(f"{name}.py")
     assert len(lines) == 1 + 640 // 64 + 1  # a line of progress every rollout, as they are so few
     form = r" *(\d+)%  score ([01]\.\d{3})  KL -?\d\.\d{3}  +([\d,]+) episodes/s +(\d+) s left"
     shares, scores, speeds, left = zip(
@@ -149,10 +149,10 @@ def check_short_run(script, args, folder, printed):
     assert lines[-1].startswith("held-out success") and "optimality" in lines[-1]
     assert {p.name for p in folder.iterdir()} == {"runs", "model.pt"}
     saved = torch.load(folder / "model.pt", weights_only=True)
-    assert saved["script"] == f"{script}.py"
+    assert saved["script"] == f"{name}.py"
     (events,) = (folder / "runs").iterdir()
-    assert events.name.startswith(f"{script}__1__")
-    check_hyperparameters(events, args, batch_size="64", seed="1", save_path="model.pt")
+    assert events.name.startswith(f"{name}__1__")
+    check_hyperparameters(events, script.Args(), batch_size="64", seed="1", save_path="model.pt")
     return saved, events
 
 

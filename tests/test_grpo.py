@@ -590,7 +590,7 @@ def test_bad_words_are_refused_by_the_parser(words):
 
 def test_program_in_a_shell(program):
     """The real command: header, progress, verdict; events and a saved model that loads safely."""
-    saved, _ = programs.check_short_run("grpo", grpo.Args(), *program())
+    saved, _ = programs.check_short_run(grpo, *program())
     grpo.GPT().load_state_dict(saved["policy"])
     assert saved["args"]["batch_size"] == "64"
 
