@@ -230,25 +230,13 @@ def test_early_stop_ends_the_updates(monkeypatch):
     assert len(steps) == 2  # the first step moves the policy, the second is not taken
 
 
-def spy(monkeypatch, name):
-    """Record the arguments and the result of every call of a function of ppo.py."""
-    calls, function = [], getattr(ppo, name)
-
-    def recorder(*arguments):
-        calls.append((arguments, function(*arguments)))
-        return calls[-1][1]
-
-    monkeypatch.setattr(ppo, name, recorder)
-    return calls
-
-
 def test_the_kl_is_charged_once(monkeypatch):
-    calls = spy(monkeypatch, "token_rewards")
+    calls = programs.spy(monkeypatch, ppo, "token_rewards")
     run()
-    assert {arguments[3] for arguments, _ in calls} == {0.05}
+    assert {arguments[3] for arguments, *_ in calls} == {0.05}
     calls.clear()
     light, heavy = (run(kl_in="loss", kl_estimator="k2", kl_coef=beta) for beta in (0.01, 5.0))
-    assert {arguments[3] for arguments, _ in calls} == {0.0}
+    assert {arguments[3] for arguments, *_ in calls} == {0.0}
     assert heavy["kl"] < light["kl"]
 
 
@@ -257,9 +245,10 @@ def test_an_entropy_bonus_raises_the_entropy(default_result):
 
 
 def test_only_responses_without_eos_pay_the_penalty(monkeypatch):
-    sampled, rewarded = spy(monkeypatch, "generate_with_states"), spy(monkeypatch, "compute_gae")
+    sampled = programs.spy_on_samples(monkeypatch, ppo)
+    rewarded = programs.spy(monkeypatch, ppo, "compute_gae")
     run(missing_eos_penalty=7.0, sft_steps=0, kl_coef=0.0)
-    for (_, (responses, _)), ((rewards, *_), _) in zip(sampled, rewarded, strict=True):
+    for (_, responses, _), ((rewards, *_), *_) in zip(sampled, rewarded, strict=True):
         cut_off = (responses != ppo.EOS).all(1)
         assert 0 < cut_off.sum() < len(cut_off)
         assert (rewards[cut_off] == torch.tensor([0, 0, -7])).all()
@@ -268,19 +257,20 @@ def test_only_responses_without_eos_pay_the_penalty(monkeypatch):
 
 @pytest.mark.parametrize("separate", [False, True])
 def test_the_critic_starts_without_an_opinion(monkeypatch, separate):
-    calls = spy(monkeypatch, "compute_gae")
+    calls = programs.spy(monkeypatch, ppo, "compute_gae")
     run(separate_critic=separate, total_episodes=64)
-    ((_, values, *_), _) = calls[0]
+    (_, values, *_), *_ = calls[0]
     assert values.unique().numel() == 1  # its bias
 
 
 @pytest.mark.parametrize("separate", [False, True])
 def test_values_are_of_their_own_rows_and_train_what_they_are_read_from(monkeypatch, separate):
-    sampled, function, reached = spy(monkeypatch, "generate_with_states"), ppo.value_loss, []
+    sampled, function, reached = programs.spy_on_samples(monkeypatch, ppo), ppo.value_loss, []
 
     def value_loss(values, old_values, returns, mask, clip_coef):
         torch.testing.assert_close(values, old_values)  # no step has been taken since the rollout
-        loss, ((policy, *_), _) = function(values, old_values, returns, mask, clip_coef), sampled[0]
+        loss = function(values, old_values, returns, mask, clip_coef)
+        (policy, *_), *_ = sampled[0]
         of = policy.blocks[0].qkv.weight
         (gradient,) = torch.autograd.grad(loss, of, retain_graph=True, allow_unused=True)
         reached.append(values.std() > 0 and gradient is not None and bool((gradient != 0).any()))
@@ -292,19 +282,19 @@ def test_values_are_of_their_own_rows_and_train_what_they_are_read_from(monkeypa
 
 
 def test_the_score_of_a_response_is_the_sum_of_its_rewards(monkeypatch, tmp_path):
-    calls = spy(monkeypatch, "process_reward")
+    calls = programs.spy(monkeypatch, ppo, "process_reward")
     run(reward="process", tensorboard=True, total_episodes=64)
-    (_, paid), *_ = [call for call in calls if len(call[1]) == 64]
+    (_, paid, _), *_ = [call for call in calls if len(call[1]) == 64]
     events = EventAccumulator(str(next((tmp_path / "runs").iterdir())))
     events.Reload()
     assert events.Scalars("charts/score")[0].value == pytest.approx(paid.sum(1).mean().item())
 
 
 def test_returns_are_those_before_whitening(monkeypatch):
-    made, used = spy(monkeypatch, "compute_gae"), spy(monkeypatch, "value_loss")
-    weighed = spy(monkeypatch, "policy_loss")
+    names = "compute_gae", "value_loss", "policy_loss"
+    made, used, weighed = (programs.spy(monkeypatch, ppo, name) for name in names)
     run(normalize_advantages=True, num_minibatches=1, update_epochs=1)
-    for (_, (advantages, returns)), (arguments, _), (other, _) in zip(
+    for (_, (advantages, returns), _), (arguments, *_), (other, *_) in zip(
         made, used, weighed, strict=True
     ):
         assert torch.equal(arguments[2].sort(0).values, returns.sort(0).values)
@@ -313,10 +303,10 @@ def test_returns_are_those_before_whitening(monkeypatch):
 
 def test_training_prompts_are_what_is_trained_on(monkeypatch):
     train, _ = ppo.make_prompts()
-    calls = spy(monkeypatch, "generate_with_states")
+    calls = programs.spy_on_samples(monkeypatch, ppo)
     run(batch_size=512, total_episodes=1024)
     known = {tuple(prompt) for prompt in train.tolist()}
-    assert {tuple(prompt) for (_, prompts, _), _ in calls for prompt in prompts.tolist()} <= known
+    assert {tuple(prompt) for (_, prompts, _), *_ in calls for prompt in prompts.tolist()} <= known
 
 
 def test_the_learning_rate_rises_then_falls(tmp_path):
