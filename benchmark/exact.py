@@ -1,0 +1,192 @@
+"""Exact evaluation of a saved policy or reward model, by summing over all 1111 responses.
+
+    python ppo.py --save-path policy.pt
+    python benchmark/exact.py policy.pt                  # on the held-out prompts
+    python benchmark/exact.py policy.pt --map map.png    # and draw the policy before and after
+    python benchmark/exact.py reward_model.pt            # a file of reward_model.py
+
+A policy maximises J(π) = E[R] - β · KL(π ‖ π_ref). The best one is π* ∝ π_ref · exp(R/β), and it
+attains J* = β · log E_ref[exp(R/β)] (for β = 0: the highest reward). We report
+
+    normalised gain = (J(π) - J(π_ref)) / (J* - J(π_ref)),
+
+which is 0 for the reference and 1 for π*. All three are means over the prompts. Where nothing can
+be gained (every response has the same reward) the normalised gain is undefined: nan.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from ppo import EOS, GPT, TARGET, VOCAB, make_prompts, response_mask, reward  # noqa: E402
+
+
+# ---------------------------------------------------------------------------- Enumeration
+# Shapes: N prompts, P prompt tokens, Y = 1111 responses, R response tokens, V vocabulary size.
+def all_responses():
+    """Every response: EOS; a digit and EOS; two digits and any token. Padded with EOS. (Y, R)"""
+    tokens = torch.arange(VOCAB)
+    triples = torch.cartesian_prod(tokens, tokens, tokens)
+    padded = response_mask(triples) | (triples == EOS)  # nothing but EOS after the first EOS
+    return triples[padded.all(1)]
+
+
+@torch.no_grad()
+def next_token_logprobs(policy, prompts, temperature):
+    """Log-probabilities of all tokens at each place of each response: (N, Y, R, V), float64.
+
+    One forward pass over all pairs of digits, since these are all prefixes that a response has.
+    """
+    digits = torch.arange(10, device=prompts.device)
+    pairs = torch.cartesian_prod(digits, digits)  # (100, 2)
+    tokens = torch.cat([prompts.repeat_interleave(100, 0), pairs.repeat(len(prompts), 1)], 1)
+    states = policy(tokens)[:, prompts.shape[1] - 1 :]  # (N · 100, R, D)
+    logits = policy.head(states).double() / temperature
+    logprobs = logits.log_softmax(2).view(len(prompts), 100, *logits.shape[1:])
+    # The row of a pair that begins with the same tokens. Where a response has EOS, any digit will
+    # do: nothing after EOS counts.
+    responses = all_responses().to(prompts.device).clamp(max=9)
+    return logprobs[:, 10 * responses[:, 0] + responses[:, 1]]
+
+
+def response_logprobs(policy, prompts, temperature):
+    """Log-probability of each response to each prompt: (N, Y), float64."""
+    responses = all_responses().to(prompts.device)
+    logprobs = next_token_logprobs(policy, prompts, temperature)
+    index = responses[None, :, :, None].expand(len(prompts), -1, -1, -1)
+    token_logprobs = logprobs.gather(3, index).squeeze(3)  # (N, Y, R)
+    return torch.where(response_mask(responses), token_logprobs, 0.0).sum(2)
+
+
+def response_table(function, first, responses):
+    """function(first, responses), (B,), for each row of first with each response: (N, Y)."""
+    rows = first.repeat_interleave(len(responses), 0)
+    columns = responses.repeat(len(first), *[1] * (responses.dim() - 1))
+    values = []
+    for chunk in torch.arange(len(rows), device=rows.device).split(16_384):
+        values.append(function(rows[chunk], columns[chunk]))
+    return torch.cat(values).double().view(len(first), len(responses))
+
+
+# ---------------------------------------------------------------------------- Policies
+@torch.no_grad()
+def evaluate(policy, reference, prompts, targets, kl_coef, temperature=1.0, score=None):
+    """Exact expectations under the policy, averaged over the prompts.
+
+    success: probability of a correct response. score: E[R], where R is the task's reward, or
+    score(prompts, responses) where that is given. kl and entropy: nats per response.
+    objective: J. normalised_gain: defined at the top of this file.
+    """
+    responses = all_responses().to(prompts.device)
+    success = response_table(reward, targets, responses)
+    scores = success
+    if score is not None:
+        scores = response_table(score, prompts, responses)
+    logprobs = response_logprobs(policy, prompts, temperature)
+    ref_logprobs = response_logprobs(reference, prompts, temperature)
+
+    probs = logprobs.exp()  # (N, Y)
+    mean_score = (probs * scores).sum(1).mean().item()
+    kl = (probs * (logprobs - ref_logprobs)).sum(1).mean().item()
+    objective = mean_score - kl_coef * kl
+    ref_objective = (ref_logprobs.exp() * scores).sum(1).mean().item()
+    if kl_coef > 0:
+        best = kl_coef * torch.logsumexp(ref_logprobs + scores / kl_coef, 1)
+    else:
+        best = scores.amax(1)
+    possible = best.mean().item() - ref_objective
+    return {
+        "success": (probs * success).sum(1).mean().item(),
+        "score": mean_score,
+        "kl": kl,
+        "entropy": -(probs * logprobs).sum(1).mean().item(),
+        "objective": objective,
+        "normalised_gain": (objective - ref_objective) / possible if possible > 1e-9 else math.nan,
+    }
+
+
+def load_policy(saved, name):
+    """The policy or the reference of a file that a script has saved."""
+    gpt = GPT()
+    gpt.load_state_dict(saved[name])
+    return gpt.requires_grad_(False)
+
+
+def saved_kl_coef(args):
+    """β of the objective. args: the saved flags, as text.
+
+    With DPO the scores that explain the annotator's choices are R/τ, so β of dpo.py is one of
+    R/τ: for R itself it is τ · β.
+    """
+    if "kl_coef" in args:
+        return float(args["kl_coef"])
+    return float(args["annotator_temperature"]) * float(args["beta"])
+
+
+def evaluate_policy(saved):
+    """Exact metrics of a saved policy and of its reference, on the held-out prompts."""
+    _, _, prompts, targets = make_prompts("cpu")
+    policy = load_policy(saved, "policy")
+    reference = load_policy(saved, "reference")
+    kl_coef = saved_kl_coef(saved["args"])
+    temperature = float(saved["args"].get("temperature", 1.0))
+    before = evaluate(reference, reference, prompts, targets, kl_coef, temperature)
+    after = evaluate(policy, reference, prompts, targets, kl_coef, temperature)
+    return {"success_before": before["success"], **after}
+
+
+def draw_policy(saved, path):
+    """π(d4, d5), the probability of each pair of digits, before and after; six held-out prompts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    _, _, prompts, _ = make_prompts("cpu")
+    prompts = prompts[:6]
+    two_digits = (all_responses() != EOS).sum(1) == 2  # and then EOS: 100 responses
+    figure, axes = plt.subplots(2, 6, figsize=(10, 4), sharex=True, sharey=True)
+    for row, name in enumerate(["reference", "policy"]):
+        logprobs = response_logprobs(load_policy(saved, name), prompts, 1.0)
+        probs = logprobs[:, two_digits].exp().view(6, 10, 10)
+        for column, prompt in enumerate(prompts.tolist()):
+            # The square root, so that small probabilities show.
+            image = probs[column].sqrt()
+            axes[row, column].imshow(image, cmap="viridis", vmin=0, vmax=0.6, origin="lower")
+            axes[row, column].set_xticks([])
+            axes[row, column].set_yticks([])
+            if row == 0:
+                axes[row, column].set_title(" ".join(map(str, prompt)) + " _ _", fontsize=10)
+    axes[0, 0].set_ylabel("before\nfourth digit, 0 to 9", fontsize=9)
+    axes[1, 0].set_ylabel("after\nfourth digit, 0 to 9", fontsize=9)
+    figure.supxlabel("fifth digit, 0 to 9; correct answers lie on a diagonal", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------- Files
+def evaluate_file(path):
+    """Exact metrics of a file saved by one of the scripts, on the held-out prompts."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    return evaluate_policy(saved)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("path", type=Path, help="file saved by a script's --save-path")
+    parser.add_argument("--map", type=Path, help="draw the policy before and after to this file")
+    args = parser.parse_args()
+    for name, value in evaluate_file(args.path).items():
+        print(f"{name.replace('_', ' '):20s} {value:8.4f}")
+    if args.map is not None:
+        draw_policy(torch.load(args.path, map_location="cpu", weights_only=True), args.map)
+
+
+if __name__ == "__main__":
+    main()
