@@ -1,7 +1,8 @@
-"""What several scripts are tested with: short runs, spies, a clock, the real command."""
+"""What the tests of several scripts share: short runs, spies, a clock, the real command."""
 
 import copy
 import functools
+import hashlib
 import inspect
 import itertools
 import os
@@ -17,55 +18,91 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parent.parent
-WARM = {}  # policies and states of the generator after a warm start, by script, seed and steps
+
+# The weights and the generator's state after SFT, by everything that they depend on.
+WARM = {}
 
 
-def shorten_runs(monkeypatch, folder, *scripts):
-    """Run in an empty folder, evaluate on 5 prompts, and warm a script up once a seed and steps:
-    remembered, it leaves the same weights and the same random numbers."""
+def fingerprint(*tensors):
+    """A name for the contents of these tensors."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(str((tensor.shape, tensor.dtype)).encode())
+        digest.update(tensor.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
-    def once(script, warm_start, policy, prompts, responses, steps):
-        key = script.__name__, torch.initial_seed(), steps
+
+def remember_sft(script):
+    """The script's sft(), which trains only once from the same state on the same data.
+
+    Later calls copy the weights and the state of the random generator that the first one left.
+    """
+    train = script.sft
+
+    @functools.wraps(train)
+    def sft(policy, prompts, responses, steps):
+        start = [*policy.state_dict().values(), torch.get_rng_state(), prompts, responses]
+        key = (script.__name__, steps, fingerprint(*start))
         if key not in WARM:
-            warm_start(policy, prompts, responses, steps)
-            weights = {name: x.clone() for name, x in policy.state_dict().items()}
-            WARM[key] = weights, torch.get_rng_state()
-        policy.load_state_dict(WARM[key][0])
-        torch.set_rng_state(WARM[key][1])
+            train(policy, prompts, responses, steps)
+            WARM[key] = (copy.deepcopy(policy.state_dict()), torch.get_rng_state())
+        weights, rng_state = WARM[key]
+        policy.load_state_dict(weights)
+        torch.set_rng_state(rng_state)
+
+    return sft
+
+
+def shorten_runs(monkeypatch, folder, *scripts, held_out=3):
+    """Run in an empty folder, evaluate on few prompts, and remember what SFT leaves."""
+
+    def keep_few(make_prompts):
+        @functools.wraps(make_prompts)
+        def few(device):
+            train_prompts, train_targets, test_prompts, test_targets = make_prompts(device)
+            return train_prompts, train_targets, test_prompts[:held_out], test_targets[:held_out]
+
+        return few
 
     for script in scripts:
-        train, held_out = script.make_prompts()
-        few = functools.partial(lambda *split: split, train, held_out[:5])
-        monkeypatch.setattr(script, "make_prompts", few)
-        warm = functools.partial(once, script, script.warm_start)
-        monkeypatch.setattr(script, "warm_start", warm)
+        monkeypatch.setattr(script, "make_prompts", keep_few(script.make_prompts))
+        monkeypatch.setattr(script, "sft", remember_sft(script))
     monkeypatch.chdir(folder)
 
 
 def record(monkeypatch, script, *names):
-    """Let functions of a script note their arguments: name to one dictionary a call."""
+    """Note the arguments of every call of these functions: {name: [{parameter: argument}]}."""
     calls = {name: [] for name in names}
 
-    def spy(name, function):
-        arguments = list(inspect.signature(function).parameters)
+    def noting(name, function):
+        parameters = list(inspect.signature(function).parameters)
 
         @functools.wraps(function)
         def noted(*args, **more):
-            calls[name].append(dict(zip(arguments, args, strict=False)) | more)
+            calls[name].append(dict(zip(parameters, args, strict=False)) | more)
             return function(*args, **more)
 
         return noted
 
     for name in names:
-        monkeypatch.setattr(script, name, spy(name, getattr(script, name)))
+        monkeypatch.setattr(script, name, noting(name, getattr(script, name)))
     return calls
 
 
-def spy(monkeypatch, module, name, before=lambda *args, **more: None, keep=lambda result: result):
-    """Record, of every call of a function, its arguments, what keep() makes of its result, and what
-    before() made of the arguments before it."""
-    calls, function = [], getattr(module, name)
+def nothing(*args, **more):
+    return None
 
+
+def unchanged(result):
+    return result
+
+
+def spy(monkeypatch, module, name, before=nothing, keep=unchanged):
+    """Note every call of a function: its arguments, keep(its result) and before(its arguments)."""
+    calls = []
+    function = getattr(module, name)
+
+    @functools.wraps(function)
     def recorder(*arguments, **more):
         noted = before(*arguments, **more)
         result = function(*arguments, **more)
@@ -76,17 +113,39 @@ def spy(monkeypatch, module, name, before=lambda *args, **more: None, keep=lambd
     return calls
 
 
-def spy_on_samples(monkeypatch, script, before=lambda *args: None):
-    """The same of the function that samples; of its results, the responses (B, R) alone."""
-    if hasattr(script, "generate"):
-        return spy(monkeypatch, script, "generate", before)
-    return spy(monkeypatch, script, "generate_with_states", before, lambda result: result[0])
+def spy_on_samples(monkeypatch, script, before=nothing):
+    """The same for generate(): ((policy, prompts, temperature), responses, before(arguments)).
+
+    evaluate() samples too: spy_on_rollouts() leaves its calls out.
+    """
+    return spy(monkeypatch, script, "generate", before)
+
+
+def spy_on_rollouts(monkeypatch, script, before=nothing):
+    """spy_on_samples() without the samples of evaluate(), before and after training."""
+    rollouts = []
+    samples = spy_on_samples(monkeypatch, script, before)
+    evaluate = script.evaluate
+
+    @functools.wraps(evaluate)
+    def evaluate_unseen(*args, **more):
+        rollouts.extend(samples)
+        result = evaluate(*args, **more)
+        samples.clear()
+        return result
+
+    monkeypatch.setattr(script, "evaluate", evaluate_unseen)
+    return rollouts
 
 
 def tick(monkeypatch, script):
     """Give a script a clock that goes on by a second each time it is read."""
     ticks = itertools.count()
-    clock = SimpleNamespace(perf_counter=lambda: next(ticks), strftime=time.strftime)
+
+    def read():
+        return float(next(ticks))
+
+    clock = SimpleNamespace(time=read, perf_counter=read, strftime=time.strftime)
     monkeypatch.setattr(script, "time", clock)
 
 
@@ -94,13 +153,33 @@ class NoWriter:
     """Stands in for a SummaryWriter and writes nothing."""
 
     def __getattr__(self, name):
-        return lambda *args: None
+        return nothing
+
+
+def record_curves(monkeypatch, script):
+    """Let a script write its curves to a dictionary, {tag: [(step, value), ...]}, and no file."""
+    curves = {}
+
+    class Recorder(NoWriter):
+        def __init__(self, folder):
+            self.folder = folder
+
+        def add_scalar(self, tag, value, step):
+            curves.setdefault(tag, []).append((int(step), float(value)))
+
+    monkeypatch.setattr(script, "SummaryWriter", Recorder)
+    return curves
+
+
+def values(curve):
+    """The values of a curve, without their steps."""
+    return [value for _, value in curve]
 
 
 def start(line, folder):
-    """A fixture's work: the real command, begun now, to run beside the tests on another core.
+    """A fixture's work: the real command, started now, runs beside the tests on another core.
 
-    What it yields waits for the end of the command and returns its folder and what it printed.
+    Yields a function that waits for the command's end and returns its folder and its output.
     """
     script, *words = line.split()
     command = [sys.executable, str(ROOT / script), *words]
@@ -120,78 +199,66 @@ def start(line, folder):
 
 
 def check_hyperparameters(folder, flags, **given):
-    """The table of flags and their values in a run's events: all flags, with the values given."""
+    """The table of flags in a run's events has every flag, and the values given."""
     event, *others = EventAccumulator(str(folder)).Reload().Tensors("hyperparameters/text_summary")
     (text,) = event.tensor_proto.string_val
     head, rule, *rows = text.decode().splitlines()
     assert (head, rule, others) == ("|flag|value|", "|-|-|", [])
     table = dict(row.strip("|").split("|") for row in rows)
-    assert len(table) == len(rows) and table.keys() == vars(flags).keys()
+    assert len(table) == len(rows)
+    assert table.keys() == vars(flags).keys()
     assert given.items() <= table.items()
 
 
 SHORT_RUN = "--total-episodes 640 --batch-size 64 --sft-steps 20 --save-path model.pt"
+PROGRESS = (
+    r"episode +(\d+)  score (-?\d+\.\d{3})  KL (-?\d+\.\d{3})  "
+    r"([\d,.]+) episodes/s  (\d+) s left"
+)
+ENDING = (
+    r"held-out success ([01]\.\d{3}) -> ([01]\.\d{3}) ± (0\.\d{3})  "
+    r"KL (-?\d+\.\d{3}) ± (\d+\.\d{3})  (\d+\.\d) s"
+)
 
 
 def check_short_run(script, folder, printed):
-    """The weights that a run of SHORT_RUN saved and its TensorBoard folder, once header, progress,
-    verdict and files are as they should be."""
-    lines, name = printed.splitlines(), script.__name__
-    assert lines[0].startswith(f"{name}.py")
-    assert len(lines) == 1 + 640 // 64 + 1  # a line of progress every rollout, as they are so few
-    form = r" *(\d+)%  score ([01]\.\d{3})  KL -?\d\.\d{3}  +([\d,]+) episodes/s +(\d+) s left"
-    shares, scores, speeds, left = zip(
-        *(re.fullmatch(form, line).groups() for line in lines[1:-1]), strict=True
-    )
-    assert shares[0] == "10" and shares[-1] == "100" and left[-1] == "0"
-    assert all(float(score) <= 1 for score in scores)
-    assert all(int(speed.replace(",", "")) > 10 for speed in speeds)
-    assert lines[-1].startswith("held-out success") and "optimality" in lines[-1]
-    assert {p.name for p in folder.iterdir()} == {"runs", "model.pt"}
+    """Check what a run of SHORT_RUN printed and wrote. Returns the saved file and events folder."""
+    name = script.__name__
+    header, *progress, ending = printed.splitlines()
+    date = r"\d{4}-\d{2}-\d{2}-\d{6}"
+    assert re.fullmatch(rf"{name}__1__{date}: [\d,]+ parameters on cpu", header), header
+
+    rows = [re.fullmatch(PROGRESS, line).groups() for line in progress]
+    episodes, scores, _, speeds, seconds_left = zip(*rows, strict=True)
+    assert [int(x) for x in episodes] == list(range(64, 641, 64))  # every rollout: they are few
+    assert all(0 <= float(score) <= 1 for score in scores)
+    assert all(float(speed.replace(",", "")) > 10 for speed in speeds)
+    assert seconds_left[-1] == "0"
+    assert re.fullmatch(ENDING, ending), ending
+
+    assert {path.name for path in folder.iterdir()} == {"runs", "model.pt"}
     saved = torch.load(folder / "model.pt", weights_only=True)
-    assert saved["script"] == f"{name}.py"
+    assert saved.keys() == {"args", "policy", "reference"}
     (events,) = (folder / "runs").iterdir()
-    assert events.name.startswith(f"{name}__1__")
+    assert re.fullmatch(rf"{name}__1__{date}", events.name)
     check_hyperparameters(events, script.Args(), batch_size="64", seed="1", save_path="model.pt")
     return saved, events
 
 
 def check_reference_is_frozen(monkeypatch, run):
     """During run(), the one deep copy of the policy keeps its weights to the bit."""
-    made, deepcopy = [], copy.deepcopy
+    copies = []
+    deepcopy = copy.deepcopy
 
-    def keep(policy):
-        reference = deepcopy(policy)
-        made.append((reference, {k: v.clone() for k, v in reference.state_dict().items()}))
-        return reference
+    def keep(model, *memo):
+        made = deepcopy(model, *memo)
+        if isinstance(model, torch.nn.Module) and not memo:  # with a memo it is a part of a copy
+            copies.append((made, {k: v.clone() for k, v in made.state_dict().items()}))
+        return made
 
     monkeypatch.setattr(copy, "deepcopy", keep)
     run()
-    ((reference, before),) = made
+    ((reference, before),) = copies
     after = reference.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert not any(p.requires_grad for p in reference.parameters())
-
-
-def check_policy_images(monkeypatch, script, run):
-    """The pictures of a run with TensorBoard: of each prompt π(d4, d5), d4 down and d5 right, as
-    the square root, before training in the first row of pictures and after it in the second."""
-    drawn, tables, table = [], [], script.response_distribution
-
-    def keep(*args):
-        tables.append(table(*args))
-        return tables[-1]
-
-    monkeypatch.setattr(script, "response_distribution", keep)
-    monkeypatch.setattr(script.SummaryWriter, "add_images", lambda *a: drawn.append(a))
-    run()
-    ((_, tag, pictures, _),) = drawn
-    before, after = tables
-    assert tag == "policy" and pictures.shape == (2 * len(before), 1, 94, 94)
-    number = {tuple(y): i for i, y in enumerate(script.all_responses().tolist())}
-    for d4, d5 in ((0, 0), (2, 9), (9, 2), (9, 9)):
-        logprobs = torch.cat([before, after])[:, number[d4, d5, script.EOS]]
-        square = pictures[:, 0, 2 + 9 * d4 : 11 + 9 * d4, 2 + 9 * d5 : 11 + 9 * d5]
-        expected = (logprobs / 2).exp()[:, None, None].expand_as(square)
-        torch.testing.assert_close(square, expected)
-    assert (pictures[:, :, :2] == 0.5).all() and (pictures[:, :, :, -2:] == 0.5).all()
+    assert not any(parameter.requires_grad for parameter in reference.parameters())
