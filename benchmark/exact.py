@@ -23,7 +23,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from ppo import EOS, GPT, TARGET, VOCAB, make_prompts, response_mask, reward  # noqa: E402
+from ppo import EOS, GPT, VOCAB, make_prompts, response_mask, reward  # noqa: E402
 
 
 # ---------------------------------------------------------------------------- Enumeration
@@ -68,7 +68,7 @@ def response_table(function, first, responses):
     rows = first.repeat_interleave(len(responses), 0)
     columns = responses.repeat(len(first), *[1] * (responses.dim() - 1))
     values = []
-    for chunk in torch.arange(len(rows), device=rows.device).split(16_384):
+    for chunk in torch.arange(len(rows), device=rows.device).split(1024):
         values.append(function(rows[chunk], columns[chunk]))
     return torch.cat(values).double().view(len(first), len(responses))
 
@@ -156,7 +156,7 @@ def draw_policy(saved, path):
         probs = logprobs[:, two_digits].exp().view(6, 10, 10)
         for column, prompt in enumerate(prompts.tolist()):
             # The square root, so that small probabilities show.
-            image = probs[column].sqrt()
+            image = probs[column].sqrt().tolist()
             axes[row, column].imshow(image, cmap="viridis", vmin=0, vmax=0.6, origin="lower")
             axes[row, column].set_xticks([])
             axes[row, column].set_yticks([])
