@@ -83,7 +83,7 @@ def check_args(args):
         (args.batch_size >= 1, f"--batch-size {args.batch_size} must be at least 1"),
         (args.total_episodes >= args.batch_size, "--total-episodes must be at least --batch-size"),
         (args.group_size >= 1, f"--group-size {args.group_size} must be at least 1"),
-        (args.batch_size % args.group_size == 0, "--group-size must divide --batch-size"),
+        (args.batch_size % max(1, args.group_size) == 0, "--group-size must divide --batch-size"),
         (0 < args.learning_rate < 1, f"--learning-rate {args.learning_rate} must be in (0, 1)"),
         (0 < args.max_grad_norm < 1e6, f"--max-grad-norm {args.max_grad_norm} must be positive"),
         (0 < args.temperature < 1e6, f"--temperature {args.temperature} must be positive"),
@@ -338,9 +338,9 @@ def leave_one_out_mean(returns, group_size):
 def reinforce_loss(logprobs, advantages, mask):
     """Minus log-probability times advantage (Williams 1992). All inputs (B, R).
 
-    Summed over tokens, averaged over responses: with unbiased advantages (any baseline of this file,
-    and γ = 1), its gradient is in expectation the policy gradient of J, negated. A mean over the
-    tokens of each response would instead give the tokens of short responses more weight.
+    Summed over tokens, averaged over responses: with unbiased advantages (any baseline of this
+    file, and γ = 1), its gradient is in expectation the policy gradient of J, negated. A mean over
+    the tokens of each response would instead give the tokens of short responses more weight.
     """
     objective = torch.where(mask, logprobs, 0.0) * advantages
     return -masked_sum(objective, mask).mean()
@@ -349,9 +349,9 @@ def reinforce_loss(logprobs, advantages, mask):
 def rwr_weights(returns, temperature, top_fraction):
     """Weights of the responses in reward-weighted regression (Peters & Schaal 2007). (B,) to (B,)
 
-    Proportional to exp(return / temperature) for the best fraction of the responses (ties included),
+    Proportional to exp(return / temperature) for the best fraction of the responses (and ties),
     0 for the rest; they sum to 1. If all are kept, the best fit to the weighted responses is
-    π_new ∝ π · exp(return / temperature). It equals π only where all responses have the same
+    π_new ∝ π · exp(return / temperature). That is π itself only if all responses have the same
     return: since the KL is part of the return, only at the maximum of J.
     """
     num_kept = math.ceil(top_fraction * len(returns))
@@ -372,13 +372,13 @@ def main(args):
     if args.sft_steps > 0:
         sft(policy, *make_demonstrations(train_prompts, train_targets), args.sft_steps)
     reference = copy.deepcopy(policy).requires_grad_(False)
-    parameters = [*policy.parameters()]
+    parameters = list(policy.parameters())
     if args.baseline == "value":
         critic = nn.Linear(policy.head.in_features, 1).to(device)
         nn.init.zeros_(critic.weight)  # at first every value is the same
-        parameters = [*policy.parameters(), *critic.parameters()]
+        parameters.extend(critic.parameters())
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    running_mean = torch.zeros((), device=device)
+    running_mean = 0.0  # of the returns
     before = evaluate(policy, reference, test_prompts, test_targets, args.temperature)
 
     run_name = f"{Path(__file__).stem}__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}"
@@ -390,6 +390,7 @@ def main(args):
         writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *rows]))
 
     loop_start_time = time.time()
+    num_prompts = args.batch_size // args.group_size
     num_rollouts = args.total_episodes // args.batch_size
     warmup = max(1, num_rollouts // 10)
     for rollout in range(1, num_rollouts + 1):
@@ -399,7 +400,6 @@ def main(args):
         optimizer.param_groups[0]["lr"] = learning_rate
 
         # 1. Rollout: sample a batch of responses, a group to each prompt, and score them.
-        num_prompts = args.batch_size // args.group_size
         rows = torch.randint(len(train_prompts), (num_prompts,), device=device)
         rows = rows.repeat_interleave(args.group_size)  # (B,)
         prompts = train_prompts[rows]  # (B, P)
