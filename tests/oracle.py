@@ -121,6 +121,22 @@ def clipped_objective(ratio, advantage, clip_coef, dual_clip=None):
     return value
 
 
+def clipped_error(value, old_value, target, value_clip):
+    """PPO's loss of the value of one token: half the worse of two squared errors."""
+    moved = max(-value_clip, min(value_clip, value - old_value))
+    return 0.5 * max((value - target) ** 2, (old_value + moved - target) ** 2)
+
+
+def row_kl(logits, ref_logits):
+    """KL(policy ‖ reference) of one distribution over tokens, each given as a list of logits."""
+    total = sum(math.exp(x) for x in logits)
+    ref_total = sum(math.exp(x) for x in ref_logits)
+    kl = 0.0
+    for x, y in zip(logits, ref_logits, strict=True):
+        kl += math.exp(x) / total * (x - math.log(total) - y + math.log(ref_total))
+    return kl
+
+
 def narrow(logits):
     """The table with all but a few tokens made impossible, so that groups can be enumerated."""
     allowed = torch.full_like(logits, -60.0)
@@ -229,3 +245,31 @@ def gpt_states(weights, tokens, heads):
             x = x + linear(f"{at}.down", torch.tensor(up, dtype=torch.float64))
         states.append(norm("norm", x))
     return states
+
+
+def process_rewards(prompt, response):
+    """Reward of each token: half for a first digit that a second completes, half for the sum."""
+    rewards = [0.0] * len(response)
+    first = response[0]
+    if first != EOS and any(sum(prompt) + first + second == 20 for second in range(10)):
+        rewards[0] = 0.5
+    rewards[-1] += 0.5 * score(prompt, response)
+    return rewards
+
+
+def adamw(weights, gradients, learning_rates, max_norm):
+    """Weights after each step of AdamW with betas (0.9, 0.99) and no weight decay, by its formulas.
+
+    weights: a float64 vector. gradients: one per step, scaled down to the norm max_norm.
+    """
+    first = torch.zeros_like(weights)
+    second = torch.zeros_like(weights)
+    history = []
+    for step, (gradient, rate) in enumerate(zip(gradients, learning_rates, strict=True), 1):
+        gradient = gradient * min(1.0, max_norm / gradient.norm().item())
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.99 * second + 0.01 * gradient**2
+        scale = (second / (1 - 0.99**step)).sqrt() + 1e-8
+        weights = weights - rate * first / (1 - 0.9**step) / scale
+        history.append(weights)
+    return history
