@@ -70,22 +70,30 @@ class Args:
     target_kl: float | None = None  # stop updating on a rollout once KL(π_old ‖ π) exceeds this
 
 
+def is_writable(folder):
+    return folder.is_dir() and os.access(folder, os.W_OK)
+
+
 def check_args(args):
     """Exit with status 2 and one line if a flag's value makes no sense."""
-    runs = "runs" if os.path.lexists("runs") else "."
+    runs = Path("runs") if os.path.lexists("runs") else Path(".")
     save_path = args.save_path or Path("policy.pt")
+    folder = save_path.parent
     rules = [
         (args.device == "cpu" or torch.cuda.is_available(), "--device cuda: no GPU is available"),
-        (not args.tensorboard or os.access(runs, os.W_OK), "cannot write runs/; --no-tensorboard"),
-        (os.access(save_path.parent, os.W_OK), f"--save-path {save_path}: cannot write there"),
-        (not save_path.is_dir(), f"--save-path {save_path} is a directory; name a file"),
+        (not args.tensorboard or is_writable(runs), "runs/ is not writable; use --no-tensorboard"),
+        (is_writable(folder), f"--save-path {save_path}: no folder there that can be written to"),
+        (not save_path.is_dir(), f"--save-path {save_path} is a folder; name a file"),
         (0 <= args.seed < 2**63, f"--seed {args.seed} must be 0 or more"),
         (args.sft_steps >= 0, f"--sft-steps {args.sft_steps} must be 0 or more"),
         (args.batch_size >= 1, f"--batch-size {args.batch_size} must be at least 1"),
         (args.total_episodes >= args.batch_size, "--total-episodes must be at least --batch-size"),
         (args.update_epochs >= 1, f"--update-epochs {args.update_epochs} must be at least 1"),
         (args.num_minibatches >= 1, f"--num-minibatches {args.num_minibatches} must be at least 1"),
-        (args.batch_size % args.num_minibatches == 0, "--num-minibatches must divide --batch-size"),
+        (
+            args.batch_size % max(1, args.num_minibatches) == 0,
+            "--num-minibatches must divide --batch-size",
+        ),
         (0 < args.learning_rate < 1, f"--learning-rate {args.learning_rate} must be in (0, 1)"),
         (0 < args.max_grad_norm < 1e6, f"--max-grad-norm {args.max_grad_norm} must be positive"),
         (0 < args.temperature < 1e6, f"--temperature {args.temperature} must be positive"),
@@ -229,13 +237,16 @@ def load_reward_model(path, device):
         reward_model = RewardModel(len(saved["members"]), anchors, float(saved["uncertainty_coef"]))
         for gpt, weights in zip(reward_model.members, saved["members"], strict=True):
             gpt.load_state_dict(weights)
-        if not all(weight.isfinite().all() for weight in reward_model.parameters()):
+        reward_model = reward_model.to(device).requires_grad_(False)
+        # Score a response, so that whatever is wrong with the file shows here.
+        prompt = torch.zeros(1, 3, dtype=torch.long, device=device)
+        if not reward_model(prompt, prompt).isfinite().all():
             raise ValueError
     except Exception as error:  # a file can be wrong in any number of ways
         reason = f"not a file of reward_model.py, or damaged ({type(error).__name__})"
         print(f"error: --reward-model {path}: {reason}", file=sys.stderr)
         sys.exit(2)
-    return reward_model.to(device).requires_grad_(False)
+    return reward_model
 
 
 # ---------------------------------------------------------------------------- Sampling
@@ -440,6 +451,7 @@ def main(args):
     minibatch_size = args.batch_size // args.num_minibatches
     num_rollouts = args.total_episodes // args.batch_size
     warmup = max(1, num_rollouts // 10)
+    recent_scores = []  # of the rollouts since the last progress line
     for rollout in range(1, num_rollouts + 1):
         # Linear warmup over the first 10% of training, then linear decay to 0.
         decay = (num_rollouts - rollout + 1) / (num_rollouts - warmup + 1)
@@ -532,11 +544,13 @@ def main(args):
                 writer.add_scalar(f"losses/{name}", mean, episodes)
             unexplained = (returns - old_values)[mask].var() / returns[mask].var().clamp(min=1e-8)
             writer.add_scalar("losses/explained_variance", 1 - unexplained, episodes)
+        recent_scores.append(score)
         if rollout % max(1, num_rollouts // 20) == 0:
             print(
-                f"episode {episodes:6d}  score {score:.3f}  KL {mean_kl:.3f}  "
-                f"{episodes / seconds:,.1f} episodes/s  {seconds_left:.0f} s left"
+                f"episode {episodes:6d}  score {sum(recent_scores) / len(recent_scores):.3f}  "
+                f"KL {mean_kl:.3f}  {episodes / seconds:,.1f} episodes/s  {seconds_left:.0f} s left"
             )
+            recent_scores = []
 
     # Evaluate on the held-out prompts, save and report.
     after = evaluate(policy, reference, test_prompts, test_targets, args.temperature)
