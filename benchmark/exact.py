@@ -23,7 +23,16 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from ppo import EOS, GPT, VOCAB, make_prompts, response_mask, reward  # noqa: E402
+from ppo import (  # noqa: E402
+    EOS,
+    GPT,
+    TARGET,
+    VOCAB,
+    load_reward_model,
+    make_prompts,
+    response_mask,
+    reward,
+)
 
 
 # ---------------------------------------------------------------------------- Enumeration
@@ -128,15 +137,26 @@ def saved_kl_coef(args):
     return float(args["annotator_temperature"]) * float(args["beta"])
 
 
+def process_score(prompts, responses):
+    """The sum of the rewards per token that reinforce.py --reward process pays. (B,)"""
+    import reinforce
+
+    return reinforce.process_reward(TARGET - prompts.sum(1), responses).sum(1)
+
+
 def evaluate_policy(saved):
-    """Exact metrics of a saved policy and of its reference, on the held-out prompts."""
+    """Exact metrics of a saved policy and of its reference, on the held-out prompts.
+
+    Always for the true reward, also where the policy was trained on a learned one.
+    """
     _, _, prompts, targets = make_prompts("cpu")
     policy = load_policy(saved, "policy")
     reference = load_policy(saved, "reference")
     kl_coef = saved_kl_coef(saved["args"])
     temperature = float(saved["args"].get("temperature", 1.0))
-    before = evaluate(reference, reference, prompts, targets, kl_coef, temperature)
-    after = evaluate(policy, reference, prompts, targets, kl_coef, temperature)
+    score = process_score if saved["args"].get("reward") == "process" else None
+    before = evaluate(reference, reference, prompts, targets, kl_coef, temperature, score)
+    after = evaluate(policy, reference, prompts, targets, kl_coef, temperature, score)
     return {"success_before": before["success"], **after}
 
 
@@ -170,11 +190,116 @@ def draw_policy(saved, path):
     plt.close(figure)
 
 
+# ---------------------------------------------------------------------------- Reward models
+def fit_scale(margins, truth, weights):
+    """The factor s that makes σ(s · margins) the best predictor of truth (minimal log loss).
+
+    The loss is convex in s; bisection finds where its derivative is 0. All inputs (N, Y, Y).
+    """
+    low = 0.0
+    high = 100.0
+    for _ in range(40):
+        scale = (low + high) / 2
+        derivative = (weights * margins * ((scale * margins).sigmoid() - truth)).sum()
+        if derivative > 0:
+            high = scale
+        else:
+            low = scale
+    return scale
+
+
+def pair_metrics(scores, rewards, probs, annotator_temperature):
+    """How well scores predict which of two sampled responses the annotator prefers.
+
+    scores, rewards, probs: (N, Y). Sums over all pairs of different responses, weighted by their
+    probability. accuracy: of the response with the higher score. bayes_accuracy: of the one with
+    the higher reward, the best that is possible, since the annotator errs at random.
+    calibration_error: the scores times one fitted factor as logits; in each tenth of the predicted
+    probabilities the mean prediction is compared with the true mean.
+    """
+    weights = probs[:, :, None] * probs[:, None]  # (N, Y, Y)
+    weights.diagonal(dim1=1, dim2=2).zero_()  # two identical responses are not compared
+    weights = weights / weights.sum()
+    truth = ((rewards[:, :, None] - rewards[:, None]) / annotator_temperature).sigmoid()
+    margins = scores[:, :, None] - scores[:, None]
+    accuracy = (weights * (0.5 + (truth - 0.5) * margins.sign())).sum()
+    bayes_accuracy = (weights * torch.maximum(truth, 1 - truth)).sum()
+
+    scale = fit_scale(margins, truth, weights)
+    predicted = (scale * margins).sigmoid()
+    gaps = torch.zeros(10, dtype=weights.dtype)
+    bins = (predicted * 10).long().clamp(max=9)
+    gaps.index_add_(0, bins.flatten(), (weights * (predicted - truth)).flatten())
+    return {
+        "accuracy": accuracy.item(),
+        "bayes_accuracy": bayes_accuracy.item(),
+        "calibration_error": gaps.abs().sum().item(),
+        "scale": scale,
+    }
+
+
+def correlation(x, y, probs):
+    """Pearson correlation over all prompts and responses. All inputs (N, Y)."""
+    weights = probs / probs.sum()
+    x = x - (weights * x).sum()
+    y = y - (weights * y).sum()
+    covariance = (weights * x * y).sum()
+    return (covariance / ((weights * x**2).sum() * (weights * y**2).sum()).sqrt()).item()
+
+
+def best_of_n(scores, rewards, probs, n):
+    """Mean reward of the response with the highest score among n samples. All inputs (N, Y)."""
+    order = scores.argsort(1)
+    # The best of n is among the k lowest with probability F_k^n, where F is cumulative.
+    cumulative = probs.gather(1, order).cumsum(1) ** n
+    best_probs = cumulative.diff(dim=1, prepend=torch.zeros(len(probs), 1))
+    return (best_probs * rewards.gather(1, order)).sum(1).mean().item()
+
+
+def distance_per_prompt(x, y, probs):
+    """Root mean square of x - y, after subtracting the mean for each prompt. All inputs (N, Y)."""
+    difference = x - y
+    difference = difference - (probs * difference).sum(1, keepdim=True)
+    return (probs * difference**2).sum(1).mean().sqrt().item()
+
+
+@torch.no_grad()
+def evaluate_reward_model(reward_model, reference, prompts, targets, annotator_temperature):
+    """Exact metrics of a reward model on the reference's responses.
+
+    The 1000 truncated responses, which the reference writes about once in 200 times, are left out:
+    they would take ten times as long.
+    """
+    responses = all_responses()
+    ended = (responses == EOS).any(1)
+    responses = responses[ended]  # (111, R)
+    probs = response_logprobs(reference, prompts, 1.0)[:, ended].softmax(1)
+    rewards = response_table(reward, targets, responses)
+    scores = response_table(reward_model, prompts, responses)
+    metrics = pair_metrics(scores, rewards, probs, annotator_temperature)
+    logits = metrics.pop("scale") * scores
+    true_logits = rewards / annotator_temperature
+    return {
+        **metrics,
+        "correlation": correlation(scores, rewards, probs),
+        "best_of_16": best_of_n(scores, rewards, probs, 16),
+        "best_of_16_by_reward": best_of_n(rewards, rewards, probs, 16),
+        "gap": distance_per_prompt(logits, true_logits, probs),
+        "gap_of_zero": distance_per_prompt(torch.zeros_like(scores), true_logits, probs),
+    }
+
+
 # ---------------------------------------------------------------------------- Files
 def evaluate_file(path):
     """Exact metrics of a file saved by one of the scripts, on the held-out prompts."""
     saved = torch.load(path, map_location="cpu", weights_only=True)
-    return evaluate_policy(saved)
+    if "policy" in saved:
+        return evaluate_policy(saved)
+    _, _, prompts, targets = make_prompts("cpu")
+    reward_model = load_reward_model(path, "cpu")
+    reference = load_policy(saved, "reference")
+    annotator_temperature = float(saved["args"]["annotator_temperature"])
+    return evaluate_reward_model(reward_model, reference, prompts, targets, annotator_temperature)
 
 
 def main():

@@ -1,10 +1,11 @@
-"""Put the numbers in benchmark/results/ into the README, between its markers, and draw the figures.
+"""Put the numbers of benchmark/results/ into README.md and docs/results.md, and draw the figures.
 
-    python benchmark/report.py             # the README only
+    python benchmark/report.py             # the tables between the markers, in both files
     python benchmark/report.py --figures   # benchmark/figures/ too (needs matplotlib)
 
-A table of results/runs.json is made here. A results/NAME.md is what another program of this folder
-printed, and goes in as it is. tests/test_readme.py fails when README and results differ.
+A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`. NAME is one of TABLES below,
+made from the results/*.json that run.py and its kin left, or a results/NAME.md, which another
+program of this folder wrote. Where there are no results, the text stays as it is.
 """
 
 import argparse
@@ -18,34 +19,38 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "benchmark" / "results"
 FIGURES = ROOT / "benchmark" / "figures"
-ABOUT = {  # objective, supervision needed, models in memory
-    "reinforce": (
-        "token log-probability times return; five baselines, or reward-weighted regression",
-        "a reward",
-        "policy, reference",
-    ),
-    "ppo": ("clipped ratio times advantage (GAE)", "a reward", "policy, reference, critic"),
-    "grpo": (
-        "clipped ratio times the score relative to its group; five losses",
-        "a reward",
-        "policy, reference",
-    ),
-    "dpo": (
-        "log-odds that the preferred response is preferred; four losses",
-        "comparisons",
-        "policy, reference",
-    ),
+POLICY_SCRIPTS = ["reinforce.py", "ppo.py", "grpo.py", "dpo.py"]
+ABOUT = {
+    "reinforce.py": "policy gradient with a baseline",
+    "ppo.py": "clipped policy gradient with a critic",
+    "grpo.py": "policy gradient relative to a group's mean",
+    "dpo.py": "learn from preference pairs, without a reward model",
+    "reward_model.py": "learn the reward from preferences, labels or demonstrations",
+    "digits_sum20.py": "imitation against trial and error, on an MLP",
+    "gpt2_sentiment.py": "PPO on GPT-2: write positive texts",
 }
 
 
+# ---------------------------------------------------------------------------- Cells and rows
 def spread(values, digits=3):
-    """Mean ± standard deviation over seeds; of one value, the value."""
+    """Mean ± standard deviation (over N - 1) over seeds; of one value, the value."""
     text = f"{mean(values):.{digits}f}"
-    return text + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+    if len(values) > 1:
+        text += f" ± {stdev(values):.{digits}f}"
+    return text
 
 
 def column(result, name):
+    """One metric of all runs of a command."""
     return [run[name] for run in result["runs"]]
+
+
+def row(cells):
+    return f"| {' | '.join(cells)} |"
+
+
+def header(cells):
+    return [row(cells), "|-" * len(cells) + "|"]
 
 
 def place(machine):
@@ -55,171 +60,329 @@ def place(machine):
     )
 
 
-def where(results, scripts):
-    """The small print under a table of these scripts."""
-    m, seeds = results[scripts[0]]["machine"], len(results[scripts[0]]["runs"])
-    commits = ", ".join(sorted({results[script]["machine"]["commit"] for script in scripts}))
-    dates = " and ".join(sorted({results[script]["machine"]["date"] for script in scripts}))
-    names = " ".join(f"'{script}'" if " " in script else script for script in scripts)
-    return (
-        f"`python benchmark/run.py --scripts {names} --threads {m['threads']}`: seeds 1"
-        f" to {seeds}, mean ± standard deviation. {place(m | {'date': dates, 'commit': commits})}"
-    )
+def footnote(results):
+    """What stands below a table: command, seeds and machine of these results."""
+    commands = sorted({result["command"] for result in results.values()})
+    seeds = sorted({tuple(column(result, "seed")) for result in results.values()})
+    seeds = " or ".join(", ".join(map(str, numbers)) for numbers in seeds)
+    machine = dict(next(iter(results.values()))["machine"])
+    for name in ["date", "commit"]:
+        machine[name] = ", ".join(sorted({r["machine"][name] for r in results.values()}))
+    commands = ", ".join(f"`{command}`" for command in commands)
+    return f"{commands}: seeds {seeds}, mean ± standard deviation. {place(machine)}"
 
 
-def scripts_table(results):
-    lines = [
-        "| script | objective | learns from | models in memory | held-out success | optimality |",
-        "|-|-|-|-|-|-|",
-    ]
-    present = [script for script in ABOUT if script in results]
-    for script in present:
-        result = results[script]
-        before = mean(column(result, "success_before"))
-        success, optimality = (spread(column(result, k)) for k in ("success", "optimality"))
-        line = " | ".join([f"`{script}.py`", *ABOUT[script], f"{before:.2f} → {success}"])
-        lines.append(f"| {line} | {optimality} |")
-    return "\n".join([*lines, "", where(results, present)])
+def load(name):
+    """The results of one program: {command: result}; empty if there are none."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return {}
+    return json.loads(path.read_text())
 
 
-def reward_model_table(results):
-    lines = [
-        "| learns from | pair accuracy | attainable | correlation | calibration error"
-        " | best of 16 | attainable |",
-        "|-|-|-|-|-|-|-|",
-    ]
-    present = [script for script in results if script.startswith("reward_model")]
-    names = ["accuracy", "attainable", "correlation", "calibration_error"]
-    names += ["best_of_16", "best_of_16_attainable"]
-    for script in present:
-        cells = [spread(column(results[script], name)) for name in names]
-        kind = script.split()[-1] if " " in script else "preferences"
-        lines.append(f"| {kind} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", where(results, present)])
+def metrics_table(results, first, columns):
+    """A row per command, a column per metric. columns: {title: metric}."""
+    if not results:
+        return None
+    lines = header([first, *columns])
+    for command, result in results.items():
+        lines.append(row([f"`{command}`", *[spread(column(result, m)) for m in columns.values()]]))
+    return "\n".join([*lines, "", footnote(results)])
 
 
-def gpt2_table(results):
-    result = results["gpt2_sentiment"]
-    lines = [
-        "| prompts | reward before | after | KL, nats | win rate | distinct-2 | repetition |",
-        "|-|-|-|-|-|-|-|",
-    ]
-    for title, group in ("training", ""), ("held out", "held_out_"):
-        before, after, kl = (
-            spread(column(result, group + name), 1) for name in ("reward_before", "reward", "kl")
-        )
-        changes = [
-            f"{mean(column(result, f'{group}{name}_before')):.2f} → "
-            f"{mean(column(result, group + name)):.2f}"
-            for name in ("distinct_2", "repetition")
-        ]
-        wins = f"{mean(column(result, group + 'win_rate')):.2f}"
-        lines.append(f"| {' | '.join([title, before, after, kl, wins, *changes])} |")
-    lines = "\n".join([*lines, "", where(results, ["gpt2_sentiment"])])
-    output = result["output"]
-    first = next(i for i, line in enumerate(output) if line.endswith(" ..."))
-    return "\n".join([lines, "", "```", *output[first : first + 6], "```"])
+# ---------------------------------------------------------------------------- Tables
+POLICY_COLUMNS = {
+    "held-out success": "success",
+    "normalised gain": "normalised_gain",
+    "KL, nats per response": "kl",
+}
 
 
-def digits_table(results):
-    import digits_sum20 as digits
-
-    result = results["digits_sum20"]
-    lines = [
-        "| row | training | held-out | range | distinct answers | seconds | the post, one seed |",
-        "|-|-|-|-|-|-|-|",
-    ]
-    for row in digits.METHODS:
-        train, held_out = (
-            [round(100 * v, 2) for v in column(result, f"{row}/{on}/accuracy")]  # as the post does
-            for on in ("train", "eval")
-        )
-        distinct, seconds = (
-            mean(column(result, f"{row}/{k}")) for k in ("eval/distinct", "seconds")
-        )
-        post = digits.POST.get(row) or ""
-        if post and not min(held_out) <= post <= max(held_out):
-            post = f"{post} (outside our range)"
-        spreads = f"{spread(train, 1)} | {spread(held_out, 1)}"
-        low_high = f"{min(held_out):.1f}–{max(held_out):.1f}"
-        lines.append(
-            f"| {row} | {spreads} | {low_high} | {distinct:.1f} | {seconds:.0f} | {post} |"
-        )
-    return "\n".join([*lines, "", where(results, ["digits_sum20"])])
-
-
-def hacking_table(_):
-    """Rewards of the first and the last rollouts, from what reward_hacking.py left."""
-    found = json.loads((RESULTS / "reward_hacking.json").read_text())
-    names = [f"{when} {name}" for name in ("learned", "true") for when in ("first", "last")]
-    heads = ["`--rm-uncertainty-coef`", "`--kl-coef`", *names, "last KL"]
-    lines = [f"| {' | '.join(heads)} |", "|-" * len(heads) + "|"]
-    groups = {}
-    for run in found["runs"]:
-        groups.setdefault((run["rm_uncertainty_coef"], run["kl_coef"]), []).append(run)
-    for coefs, runs in groups.items():
-        ends = [[run[name][i] for run in runs] for name in ("learned", "true") for i in (0, -1)]
-        ends.append([run["kl"][-1] for run in runs])
-        cells = [f"{coef:g}" for coef in coefs] + [spread(values, 2) for values in ends]
-        lines.append(f"| {' | '.join(cells)} |")
-    seeds = ", ".join(str(seed) for seed in found["flags"]["seeds"])
-    return "\n".join([*lines, "", f"Seeds {seeds}. {place(found['machine'])}"])
-
-
-def ppo_output(results):
-    lines = results["ppo"]["output"]
+def output_table():
+    """What `python ppo.py` prints."""
+    results = load("runs")
+    if "ppo.py" not in results:
+        return None
+    lines = results["ppo.py"]["output"]
     return "\n".join(["```", *lines[:4], "...", *lines[-3:], "```"])
 
 
-TABLES = {"output": ppo_output, "scripts": scripts_table, "digits": digits_table}
-TABLES |= {"reward_model": reward_model_table, "hacking": hacking_table, "gpt2": gpt2_table}
+def scripts_table():
+    """For the README: what each script does, what comes out, and how long it takes."""
+    results = load("runs")
+    results = {script: results[script] for script in ABOUT if script in results}
+    if not results:
+        return None
+    lines = header(["script", "what it does", "held out", "seconds"])
+    for script, result in results.items():
+        outcome = ""
+        if script in POLICY_SCRIPTS:
+            before = mean(column(result, "success_before"))
+            outcome = f"success {before:.2f} → {spread(column(result, 'success'))}"
+        if script == "reward_model.py":
+            accuracy = spread(column(result, "accuracy"))
+            best = mean(column(result, "bayes_accuracy"))
+            outcome = f"pair accuracy {accuracy} (Bayes {best:.3f})"
+        if script == "digits_sum20.py":
+            accuracy = 100 * mean(column(result, "SL then RL/eval/accuracy"))
+            outcome = f"SL then RL: {accuracy:.1f} % correct"
+        if script == "gpt2_sentiment.py":
+            before = mean(column(result, "held_out_reward_before"))
+            after = mean(column(result, "held_out_reward"))
+            outcome = f"reward {before:.1f} → {after:.1f}"
+        seconds = f"{mean(column(result, 'seconds')):.0f}"
+        lines.append(row([f"`{script}`", ABOUT[script], outcome, seconds]))
+    return "\n".join([*lines, "", footnote(results)])
 
 
-def render(readme):
-    """The README with everything between its markers made anew."""
-    results = json.loads((RESULTS / "runs.json").read_text())
+def policies_table():
+    """Exact results of the scripts that train a policy, and of the whole pipeline."""
+    results = load("runs")
+    kept = {
+        command: results[command] for command in results if "success" in results[command]["runs"][0]
+    }
+    kept = {command: kept[command] for command in kept if command.split()[0] in POLICY_SCRIPTS}
+    columns = {"success before": "success_before", **POLICY_COLUMNS, "entropy, nats": "entropy"}
+    return metrics_table(kept, "command", columns)
+
+
+def sampled_table():
+    """Are the figures that the scripts sample within their standard errors of the exact ones?"""
+    results = load("runs")
+    results = {script: results[script] for script in POLICY_SCRIPTS if script in results}
+    if not results:
+        return None
+    lines = header(["script", "seed", "success, sampled", "exact", "KL, sampled", "exact"])
+    distances = []
+    for script, result in results.items():
+        for run in result["runs"]:
+            cells = [f"`{script}`", str(run["seed"])]
+            for name in ["success", "kl"]:
+                error = run[f"sampled_{name}_error"]
+                cells.append(f"{run[f'sampled_{name}']:.4f} ± {error:.4f}")
+                cells.append(f"{run[name]:.4f}")
+                distances.append((run[f"sampled_{name}"] - run[name]) / error)
+            lines.append(row(cells))
+    rms = mean(distance**2 for distance in distances) ** 0.5
+    summary = (
+        f"Sampled minus exact, in standard errors: mean {mean(distances):.2f}, root mean square "
+        f"{rms:.2f}, largest {max(map(abs, distances)):.1f} (of {len(distances)})."
+    )
+    return "\n".join([*lines, "", summary, footnote(results)])
+
+
+def seconds_table():
+    """Seconds and processor seconds of the default commands."""
+    results = load("runs")
+    results = {command: results[command] for command in results if " " not in command}
+    if not results:
+        return None
+    lines = header(["command", "seconds", "processor seconds"])
+    for command, result in results.items():
+        seconds = spread(column(result, "seconds"), 0)
+        lines.append(row([f"`{command}`", seconds, spread(column(result, "cpu_seconds"), 0)]))
+    threads = sorted({str(result["machine"]["threads"]) for result in results.values()})
+    note = f"With {' or '.join(threads)} threads."
+    return "\n".join([*lines, "", f"{note} {footnote(results)}"])
+
+
+def reward_model_table():
+    results = load("runs")
+    results = {c: results[c] for c in results if c.startswith("reward_model.py")}
+    columns = {
+        "pair accuracy": "accuracy",
+        "Bayes accuracy": "bayes_accuracy",
+        "calibration error": "calibration_error",
+        "correlation with R": "correlation",
+        "best of 16": "best_of_16",
+        "best of 16 by R": "best_of_16_by_reward",
+    }
+    return metrics_table(results, "command", columns)
+
+
+def reward_data_table():
+    columns = {
+        "distance of r from R/τ": "gap",
+        "size of R/τ": "gap_of_zero",
+        "accuracy": "accuracy",
+    }
+    return metrics_table(load("reward_data"), "command", columns)
+
+
+def variants_table():
+    return metrics_table(load("variants"), "command", POLICY_COLUMNS)
+
+
+def kl_coef_table():
+    columns = {**POLICY_COLUMNS, "entropy, nats": "entropy"}
+    return metrics_table(load("kl_coef"), "command", columns)
+
+
+def stability_table():
+    results = load("stability")
+    if not results:
+        return None
+    lines = header(["script", "largest fall, all seeds", "mean", "success, lowest", "mean"])
+    for command, result in results.items():
+        falls = column(result, "largest_fall")
+        success = column(result, "success")
+        cells = [f"`{command}`", f"{max(falls):.3f}", spread(falls)]
+        lines.append(row([*cells, f"{min(success):.3f}", spread(success)]))
+    return "\n".join([*lines, "", footnote(results)])
+
+
+def hacking_table():
+    """Rewards of the first and the last rollouts, from what reward_hacking.py left."""
+    found = load("reward_hacking")
+    if not found:
+        return None
+    heads = ["`--uncertainty-coef`", "`--kl-coef`"]
+    for name in ["learned", "true"]:
+        heads += [f"{name} reward, first", "last"]
+    lines = header([*heads, "KL, last"])
+    groups = {}
+    for run in found["runs"]:
+        groups.setdefault((run["uncertainty_coef"], run["kl_coef"]), []).append(run)
+    for (uncertainty_coef, kl_coef), runs in groups.items():
+        cells = [f"{uncertainty_coef:g}", f"{kl_coef:g}"]
+        for name in ["learned", "true"]:
+            cells.append(spread([run[name][0] for run in runs], 2))
+            cells.append(spread([run[name][-1] for run in runs], 2))
+        lines.append(row([*cells, spread([run["kl"][-1] for run in runs], 2)]))
+    seeds = ", ".join(map(str, sorted({run["seed"] for run in found["runs"]})))
+    note = f"`{found['command']}`: seeds {seeds}, mean ± standard deviation."
+    return "\n".join([*lines, "", f"{note} {place(found['machine'])}"])
+
+
+def gpt2_table():
+    results = load("runs")
+    if "gpt2_sentiment.py" not in results:
+        return None
+    result = results["gpt2_sentiment.py"]
+    lines = header(
+        ["prompts", "reward before", "after", "KL", "win rate", "distinct-2", "repetition"]
+    )
+    for title, group in [("training", ""), ("held out", "held_out_")]:
+        cells = [title]
+        for name in ["reward_before", "reward", "kl"]:
+            cells.append(spread(column(result, group + name), 1))
+        cells.append(f"{mean(column(result, group + 'win_rate')):.2f}")
+        for name in ["distinct_2", "repetition"]:
+            before = mean(column(result, f"{group}{name}_before"))
+            cells.append(f"{before:.2f} → {mean(column(result, group + name)):.2f}")
+        lines.append(row(cells))
+    lines += ["", footnote({"gpt2_sentiment.py": result})]
+    output = result["output"]
+    for number, line in enumerate(output):
+        if line.endswith(" ..."):  # a text before and after
+            return "\n".join([*lines, "", "```", *output[number : number + 6], "```"])
+    return "\n".join(lines)
+
+
+def digits_table():
+    import digits_sum20 as digits
+
+    results = load("runs")
+    if "digits_sum20.py" not in results:
+        return None
+    result = results["digits_sum20.py"]
+    heads = ["row", "training", "held-out", "range", "distinct answers", "seconds"]
+    lines = header([*heads, "the post, one seed"])
+    for method in digits.METHODS:
+        # Rounded to hundredths of a per cent, as in the post.
+        train = [round(100 * x, 2) for x in column(result, f"{method}/train/accuracy")]
+        held_out = [round(100 * x, 2) for x in column(result, f"{method}/eval/accuracy")]
+        distinct = mean(column(result, f"{method}/eval/distinct"))
+        seconds = mean(column(result, f"{method}/seconds"))
+        post = digits.POST.get(method) or ""
+        if post and not min(held_out) <= post <= max(held_out):
+            post = f"{post} (outside our range)"
+        cells = [method, spread(train, 1), spread(held_out, 1)]
+        cells.append(f"{min(held_out):.1f}–{max(held_out):.1f}")
+        lines.append(row([*cells, f"{distinct:.1f}", f"{seconds:.0f}", str(post)]))
+    return "\n".join([*lines, "", footnote({"digits_sum20.py": result})])
+
+
+TABLES = {
+    "output": output_table,
+    "scripts": scripts_table,
+    "policies": policies_table,
+    "sampled": sampled_table,
+    "seconds": seconds_table,
+    "reward_model": reward_model_table,
+    "reward_data": reward_data_table,
+    "variants": variants_table,
+    "kl_coef": kl_coef_table,
+    "stability": stability_table,
+    "hacking": hacking_table,
+    "gpt2": gpt2_table,
+    "digits": digits_table,
+}
+
+
+def make_table(name):
+    """The table of a marker; None where there are no results."""
+    if name in TABLES:
+        return TABLES[name]()
+    path = RESULTS / f"{name}.md"
+    if path.exists():
+        return path.read_text().strip()
+    return None
+
+
+def render(text):
+    """The text with every table between its markers made anew."""
 
     def fill(match):
-        name, file = match[1], RESULTS / f"{match[1]}.md"
-        table = TABLES[name](results) if name in TABLES else file.read_text().strip()
-        return f"<!-- begin {name} -->\n{table}\n<!-- end {name} -->"
+        table = make_table(match[1])
+        if table is None:
+            return match[0]
+        return f"<!-- begin {match[1]} -->\n{table}\n<!-- end {match[1]} -->"
 
-    return re.sub(r"<!-- begin (\w+) -->.*?<!-- end \1 -->", fill, readme, flags=re.S)
+    return re.sub(r"<!-- begin (\w+) -->.*?<!-- end \1 -->", fill, text, flags=re.S)
 
 
-def learning_curves(results, plt):
+# ---------------------------------------------------------------------------- Figures
+def draw_learning_curves(plt):
     """Score of the samples against episodes, mean and range over seeds."""
+    results = load("runs")
     figure, axes = plt.subplots(figsize=(7, 4))
-    for script in ("ppo", "grpo", "reinforce"):
+    for script in ["ppo.py", "grpo.py", "reinforce.py"]:
+        if script not in results:
+            continue
         curves = column(results[script], "curve")
-        episodes = [x for x, _ in curves[0]]
-        values = [[y for _, y in curve] for curve in curves]
-        low, middle, high = ([f(v) for v in zip(*values, strict=True)] for f in (min, mean, max))
-        (line,) = axes.plot(episodes, middle, label=f"{script}.py")
-        axes.fill_between(episodes, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
+        episodes = [step for step, _ in curves[0]]
+        points = list(zip(*[[value for _, value in curve] for curve in curves], strict=True))
+        lowest = [min(values) for values in points]
+        highest = [max(values) for values in points]
+        (line,) = axes.plot(episodes, [mean(values) for values in points], label=script)
+        axes.fill_between(episodes, lowest, highest, alpha=0.2, color=line.get_color(), linewidth=0)
     axes.set(xlabel="episodes", ylabel="score of the samples", ylim=(0, 1.01))
     axes.legend(loc="lower right")
-    axes.set_title(f"Learning curves: mean and range over {len(curves)} seeds")
+    axes.set_title("Learning curves: mean and range over seeds")
     figure.tight_layout()
     figure.savefig(FIGURES / "learning_curves.png", dpi=110)
 
 
-def digits_ladder(results, plt):
-    """Held-out accuracy of each row, a dot a seed, beside the post's figure."""
+def draw_digits_ladder(plt):
+    """Held-out accuracy of each row, one dot per seed, beside the post's figure."""
     import digits_sum20 as digits
 
+    results = load("runs")
+    if "digits_sum20.py" not in results:
+        return
     figure, axes = plt.subplots(figsize=(7, 4))
-    rows = list(digits.METHODS)
-    for y, row in enumerate(rows):
-        values = [100 * v for v in column(results["digits_sum20"], f"{row}/eval/accuracy")]
+    methods = list(digits.METHODS)
+    for y, method in enumerate(methods):
+        values = [100 * x for x in column(results["digits_sum20.py"], f"{method}/eval/accuracy")]
         (bar,) = axes.barh(y, mean(values), color="tab:blue", alpha=0.35)
         axes.plot(values, [y] * len(values), "o", color="tab:blue", markersize=4)
-        if digits.POST.get(row):
-            axes.plot(digits.POST[row], y, "x", color="tab:red", markersize=9, markeredgewidth=2)
+        if digits.POST.get(method):
+            axes.plot(digits.POST[method], y, "x", color="tab:red", markersize=9, mew=2)
     bar.set_label("mean")
-    axes.plot([], [], "o", color="tab:blue", markersize=4, label="a seed")
-    axes.plot([], [], "x", color="tab:red", markersize=9, markeredgewidth=2, label="the post")
-    axes.set_yticks(range(len(rows)), rows)
+    axes.plot([], [], "o", color="tab:blue", markersize=4, label="one seed")
+    axes.plot([], [], "x", color="tab:red", markersize=9, mew=2, label="the post")
+    axes.set_yticks(range(len(methods)), methods)
     axes.invert_yaxis()
     axes.set(xlabel="held-out accuracy, %", xlim=(0, 101))
     axes.set_title("The digits ladder", loc="left")
@@ -228,12 +391,44 @@ def digits_ladder(results, plt):
     figure.savefig(FIGURES / "digits_ladder.png", dpi=110)
 
 
+def draw_reward_hacking(plt):
+    """Learned reward above, true reward below, against KL; a column per --uncertainty-coef."""
+    found = load("reward_hacking")
+    if not found:
+        return
+    coefs = sorted({run["uncertainty_coef"] for run in found["runs"]})
+    kl_coefs = sorted({run["kl_coef"] for run in found["runs"]})
+    figure, axes = plt.subplots(2, len(coefs), figsize=(9, 6), sharex=True, sharey="row")
+    for i, coef in enumerate(coefs):
+        for number, kl_coef in enumerate(kl_coefs):
+            runs = []
+            for run in found["runs"]:
+                if run["uncertainty_coef"] == coef and run["kl_coef"] == kl_coef:
+                    runs.append(run)
+            mean_kl = [mean(values) for values in zip(*[r["kl"] for r in runs], strict=True)]
+            for j, name in enumerate(["learned", "true"]):
+                for run in runs:
+                    axes[j, i].plot(run["kl"], run[name], color=f"C{number}", alpha=0.25, lw=0.8)
+                rewards = [mean(values) for values in zip(*[r[name] for r in runs], strict=True)]
+                label = f"--kl-coef {kl_coef:g}"
+                axes[j, i].plot(mean_kl, rewards, marker=".", color=f"C{number}", label=label)
+        axes[0, i].set_title(f"--uncertainty-coef {coef:g}")
+        axes[1, i].set_xlabel("KL(policy ‖ reference), nats per response")
+    axes[0, 0].set_ylabel("learned reward")
+    axes[1, 0].set_ylabel("true reward")
+    axes[0, 0].legend()
+    figure.tight_layout()
+    figure.savefig(FIGURES / "reward_hacking.png", dpi=100)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--figures", action="store_true")
+    parser.add_argument("--figures", action="store_true", help="draw the figures too")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    readme.write_text(render(readme.read_text()))
+    for path in [ROOT / "README.md", ROOT / "docs" / "results.md"]:
+        if path.exists():
+            path.write_text(render(path.read_text()))
+            print(f"tables: {path.relative_to(ROOT)}")
     if args.figures:
         import matplotlib
 
@@ -241,10 +436,10 @@ def main():
         import matplotlib.pyplot as plt
 
         FIGURES.mkdir(exist_ok=True)
-        results = json.loads((RESULTS / "runs.json").read_text())
-        learning_curves(results, plt)
-        if "digits_sum20" in results:
-            digits_ladder(results, plt)
+        draw_learning_curves(plt)
+        draw_digits_ladder(plt)
+        draw_reward_hacking(plt)
+        print(f"figures: {FIGURES.relative_to(ROOT)}/")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,24 @@
-"""Run every script over several seeds and keep what came out in benchmark/results/runs.json.
+"""Run every script over several seeds and evaluate what it saved exactly.
 
-    python benchmark/run.py                           # everything, one run after the other
-    python benchmark/run.py --scripts ppo grpo        # these anew; the others' numbers stay
-    python benchmark/run.py --threads 1               # torch on one thread, for a busy machine
+    python benchmark/run.py                          # everything, one run after the other
+    python benchmark/run.py --only ppo.py grpo.py    # these again; the others' numbers stay
+    python benchmark/run.py --seeds 1 2 --threads 1  # other seeds; torch on one thread
 
-Each run is a program of its own in an empty folder: `python SCRIPT.py --seed S` and no other flags
-but those that stand in its name ("reward_model --learn-from labels"). Its time is that of the whole
-command, imports included. `python benchmark/report.py` puts the numbers into the README and draws
-the figures.
+Each run is the command itself, `python SCRIPT.py FLAGS --seed S`, in an empty folder. Its seconds
+are those of the whole command, imports included. Results go to benchmark/results/runs.json after
+each command; `python benchmark/report.py` makes tables and figures of them.
+
+variants.py, kl_coef.py, stability.py and reward_data.py run other commands in the same way.
 """
 
 import argparse
 import datetime
 import json
+import math
 import os
 import platform
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -23,17 +26,30 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from exact import evaluate_file
+
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmark" / "results" / "runs.json"
-SEEDS = {"ppo": 5, "reinforce": 5, "grpo": 5, "dpo": 5, "reward_model": 5, "digits_sum20": 10}
-SEEDS |= {f"reward_model --learn-from {kind}": 5 for kind in ("labels", "demonstrations")}
-SEEDS["gpt2_sentiment"] = 3
-CURVE = "charts/score"  # the curve that is kept of a run that has it
-# What main returns is richer than what it prints, so main is called as the program calls it.
+RESULTS = ROOT / "benchmark" / "results"
+FIVE_SEEDS = [1, 2, 3, 4, 5]
+COMMANDS = {  # and their seeds
+    "reinforce.py": FIVE_SEEDS,
+    "ppo.py": FIVE_SEEDS,
+    "grpo.py": FIVE_SEEDS,
+    "dpo.py": FIVE_SEEDS,
+    "ppo.py --reward-model rm.pt": FIVE_SEEDS,
+    "reward_model.py": FIVE_SEEDS,
+    "reward_model.py --learn-from labels": FIVE_SEEDS,
+    "reward_model.py --learn-from demonstrations": FIVE_SEEDS,
+    "digits_sum20.py": [1, 2, 3, 4, 5, 6, 7, 8, 9, 10],
+    "gpt2_sentiment.py": [1, 2, 3],
+}
+# Scripts whose saved file exact.py can evaluate.
+TOY_SCRIPTS = ["reinforce.py", "ppo.py", "grpo.py", "dpo.py", "reward_model.py"]
+# The program that runs a command: main returns more than it prints.
 PROGRAM = """
 import importlib, json, sys, tyro
 sys.path.insert(0, sys.argv[1])
-script = importlib.import_module(sys.argv[2])
+script = importlib.import_module(sys.argv[2].removesuffix(".py"))
 result = script.main(tyro.cli(script.Args, args=sys.argv[3:]))
 json.dump(result, open("result.json", "w"))
 """
@@ -41,13 +57,15 @@ json.dump(result, open("result.json", "w"))
 
 def machine(threads):
     """Where and with what the numbers were made."""
-    names = [
-        line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                cpu = line.split(": ")[1]
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True)
     return {
-        "cpu": names[0].split(": ")[1] if names else platform.processor(),
+        "cpu": cpu,
         "cores": os.cpu_count(),
         "threads": threads,
         "python": platform.python_version(),
@@ -57,61 +75,134 @@ def machine(threads):
     }
 
 
-def read_curve(folder):
-    """Points [episodes, value] of the curve in a TensorBoard folder, averaged down to about 40."""
+def child_seconds():
+    """Processor seconds, of all threads, of the programs that have been run and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def execute(command, seed, threads, folder):
+    """Run a command in a folder: what main returned, what it printed, seconds, CPU seconds."""
+    words = [sys.executable, "-c", PROGRAM, str(ROOT), *command.split(), "--seed", str(seed)]
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    cpu_start = child_seconds()
+    start = time.time()
+    done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True)
+    seconds = time.time() - start
+    if done.returncode != 0:
+        sys.exit(f"{command} --seed {seed} failed:\n{done.stdout}{done.stderr}")
+    result = json.loads((Path(folder) / "result.json").read_text())
+    return result, done.stdout.splitlines(), seconds, child_seconds() - cpu_start
+
+
+def read_curve(folder, script, tag):
+    """Points [step, value] of a TensorBoard curve of a script that ran in folder."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    if CURVE not in events.Tags()["scalars"]:
+    (run,) = (Path(folder) / "runs").glob(f"{script.removesuffix('.py')}__*")
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    if tag not in events.Tags()["scalars"]:
         return []
-    points = [(point.step, point.value) for point in events.Scalars(CURVE)]
-    size = max(1, len(points) // 40)
-    lots = [points[i : i + size] for i in range(0, len(points), size)]
-    return [[lot[-1][0], round(sum(v for _, v in lot) / len(lot), 4)] for lot in lots]
+    return [[event.step, event.value] for event in events.Scalars(tag)]
 
 
-def run(script, seed, threads):
-    """One run: what main returned, the seconds of the whole command, its output and its curve."""
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    words = [sys.executable, "-c", PROGRAM, str(ROOT), *script.split(), "--seed", str(seed)]
+def average_points(points, number):
+    """About that many points: means of equally many values, at the last of their steps."""
+    size = max(1, len(points) // number)
+    averaged = []
+    for i in range(0, len(points) - size + 1, size):
+        values = [value for _, value in points[i : i + size]]
+        averaged.append([points[i + size - 1][0], round(sum(values) / size, 4)])
+    return averaged
+
+
+def largest_fall(output):
+    """The largest fall of the score below its best so far, over the progress lines."""
+    best = -math.inf
+    fall = 0.0
+    for line in output:
+        match = re.search(r"score (-?[\d.]+)", line)
+        if match:
+            best = max(best, float(match[1]))
+            fall = max(fall, best - float(match[1]))
+    return fall
+
+
+def measure(command, seed, threads):
+    """One run of a command: a dict of all results, and what it printed.
+
+    success, kl, ... are exact if the script saves what exact.py evaluates; the sampled figures that
+    the script itself returned are then called sampled_success, sampled_kl, ... A command with
+    --reward-model rm.pt gets that file from reward_model.py with the same seed.
+    """
+    script = command.split()[0]
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True)
-        seconds = time.perf_counter() - start
-        if done.returncode:
-            sys.exit(f"{script} --seed {seed} failed:\n{done.stderr}")
-        result = json.loads((Path(folder) / "result.json").read_text())
-        (events,) = (Path(folder) / "runs").iterdir()
-        curve = read_curve(events)
+        if "--reward-model rm.pt" in command:
+            execute("reward_model.py --save-path rm.pt", seed, threads, folder)
+        full_command = command
+        if script in TOY_SCRIPTS:
+            full_command = f"{command} --save-path saved.pt"
+        result, output, seconds, cpu_seconds = execute(full_command, seed, threads, folder)
+        if script in TOY_SCRIPTS:
+            sampled = {f"sampled_{name}": value for name, value in result.items()}
+            result = {**sampled, **evaluate_file(Path(folder) / "saved.pt")}
+        curve = average_points(read_curve(folder, script, "charts/score"), 40)
     result = {name: round(value, 5) for name, value in result.items()}
-    return {"seed": seed, **result, "seconds": round(seconds, 1), "curve": curve}, done.stdout
+    result["largest_fall"] = round(largest_fall(output), 3)
+    result["seconds"] = round(seconds, 1)
+    result["cpu_seconds"] = round(cpu_seconds, 1)
+    return {"seed": seed, **result, "curve": curve}, output
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scripts", nargs="+", choices=SEEDS, default=list(SEEDS))
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+def load_results(path):
+    """What is in a file of results: {command: {"command", "machine", "output", "runs"}}."""
+    if not path.exists():
+        return {}
+    return json.loads(path.read_text())
+
+
+def save_results(path, results):
+    """Write a file of results, one line per command; never half-written."""
+    lines = [f"{json.dumps(command)}: {json.dumps(results[command])}" for command in results]
+    part = path.with_suffix(".part")
+    part.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    os.replace(part, path)
+
+
+def run_commands(program, description, commands):
+    """The command line of run.py and its kin: measure each command and keep the results.
+
+    program: run for benchmark/run.py. commands: each with its default seeds. The results go to
+    results/PROGRAM.json (run.py: runs.json), those of one command as soon as it is done.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--only", nargs="+", help="run the commands that begin with these words")
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the default seeds")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch")
     args = parser.parse_args()
-    for script in args.scripts:
-        runs, outputs = [], []
-        for seed in range(1, SEEDS[script] + 1):
-            result, output = run(script, seed, args.threads)
+    path = RESULTS / f"{'runs' if program == 'run' else program}.json"
+    RESULTS.mkdir(exist_ok=True)
+    for command, seeds in commands.items():
+        if args.only and not command.startswith(tuple(args.only)):
+            continue
+        runs = []
+        outputs = []
+        for seed in args.seeds or seeds:
+            result, output = measure(command, seed, args.threads)
             runs.append(result)
             outputs.append(output)
-            print(f"{script} seed {seed}: {output.splitlines()[-1]}", flush=True)
-        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        command = f"python benchmark/run.py --scripts '{script}' --threads {args.threads}"
-        results[script] = {"command": command, "machine": machine(args.threads), "runs": runs}
-        if script != "digits_sum20":
-            results[script]["output"] = outputs[0].splitlines()
-        RESULTS.parent.mkdir(exist_ok=True)
-        part = RESULTS.with_suffix(".part")
-        text = re.sub(
-            r"\[\s+([-.e\d]+),\s+([-.e\d]+)\s+\]", r"[\1, \2]", json.dumps(results, indent=1)
-        )
-        part.write_text(text + "\n")
-        os.replace(part, RESULTS)
+            print(f"{command} --seed {seed}: {output[-1]}", flush=True)
+        results = load_results(path)  # read again: another run may have added to it
+        results[command] = {
+            "command": f"python benchmark/{program}.py --threads {args.threads}",
+            "machine": machine(args.threads),
+            "output": outputs[0],
+            "runs": runs,
+        }
+        results = {name: results[name] for name in commands if name in results}  # in this order
+        save_results(path, results)
+    print(f"\nresults: {path.relative_to(ROOT)}; put into tables by python benchmark/report.py")
 
 
 if __name__ == "__main__":
-    main()
+    run_commands("run", __doc__.splitlines()[0], COMMANDS)

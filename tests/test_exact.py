@@ -1,17 +1,15 @@
 """benchmark/exact.py against a second enumeration, by loops, and against sampling."""
 
+import itertools
 import math
 import sys
-from pathlib import Path
 
+import exact
 import oracle
 import pytest
 import torch
 
 import ppo
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmark"))
-import exact
 
 PROMPTS = torch.tensor([(4, 3, 3), (9, 9, 0)])
 TARGETS = 20 - PROMPTS.sum(1)
@@ -68,6 +66,7 @@ def brute_force_logprobs(gpt, prompt, temperature):
     return logprobs
 
 
+# ---------------------------------------------------------------------------- Policies
 def test_all_responses_are_those_that_can_be_sampled():
     responses = exact.all_responses()
     assert responses.shape == (1111, 3)
@@ -216,14 +215,14 @@ def test_sampled_figures_agree_with_the_exact_ones(trained):
         assert 0.1 < expected["success"] < 0.95 and expected["kl"] > 0.02
         for name in ["success", "kl"]:
             distances = []
-            for seed in range(20):
+            for seed in range(12):
                 torch.manual_seed(seed)
                 found = ppo.evaluate(policy, reference, prompts, targets, temperature)
                 distances.append((found[name] - expected[name]) / found[f"{name}_error"])
             # Their mean is within four of its own standard errors. They scatter by 1 at most: by
             # less, since each prompt is sampled equally often, which the standard error ignores.
-            assert abs(sum(distances)) / 20 < 4 / 20**0.5
-            assert 0.3 < (sum(x**2 for x in distances) / 20) ** 0.5 < 1.4
+            assert abs(sum(distances)) / 12 < 4 / 12**0.5
+            assert 0.3 < (sum(x**2 for x in distances) / 12) ** 0.5 < 1.4
 
 
 def test_a_file_is_evaluated_with_its_own_flags(trained, few_prompts):
@@ -243,6 +242,161 @@ def test_beta_of_dpo_is_one_of_the_reward_in_units_of_the_annotators_noise():
     assert exact.saved_kl_coef({"kl_coef": "0.2"}) == 0.2
 
 
+def test_policies_of_process_rewards_are_judged_by_these(trained, few_prompts, tmp_path):
+    saved = torch.load(trained, weights_only=True)
+    saved["args"]["reward"] = "process"
+    torch.save(saved, tmp_path / "process.pt")
+    found = exact.evaluate_file(tmp_path / "process.pt")
+    plain = exact.evaluate_file(trained)
+    assert found["success"] == pytest.approx(plain["success"])
+    assert found["score"] > found["success"]  # half the reward is easier to get
+    prompts = torch.tensor([(4, 3, 3)] * 4)  # the two digits must have the sum 10
+    responses = torch.tensor([(7, 3, 10), (7, 4, 10), (0, 10, 10), (10, 10, 10)])
+    assert exact.process_score(prompts, responses).tolist() == [1.0, 0.5, 0.0, 0.0]
+
+
+# ---------------------------------------------------------------------------- Reward models
+@pytest.fixture
+def tables():
+    """Scores, rewards and probabilities (2, 6) of six responses to two prompts."""
+    torch.manual_seed(0)
+    scores = torch.randn(2, 6, dtype=torch.float64)
+    rewards = torch.tensor([[1.0, 0, 0, 1, 0, 0], [0, 1, 0, 0, 0, 1]], dtype=torch.float64)
+    probs = torch.rand(2, 6, dtype=torch.float64)
+    return scores, rewards, probs / probs.sum(1, keepdim=True)
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def pairs_of(tables, temperature):
+    """Every pair of different responses: (weight, score margin, P(first is preferred))."""
+    scores, rewards, probs = (table.tolist() for table in tables)
+    pairs = []
+    for s, r, p in zip(scores, rewards, probs, strict=True):
+        for i in range(6):
+            for j in range(6):
+                if i != j:
+                    pairs.append((p[i] * p[j], s[i] - s[j], sigmoid((r[i] - r[j]) / temperature)))
+    total = sum(weight for weight, _, _ in pairs)
+    return [(weight / total, margin, truth) for weight, margin, truth in pairs]
+
+
+def test_pair_metrics_by_loops(tables):
+    found = exact.pair_metrics(*tables, 0.5)
+    pairs = pairs_of(tables, 0.5)
+    accuracy = sum(w * (truth if margin > 0 else 1 - truth) for w, margin, truth in pairs)
+    assert found["accuracy"] == pytest.approx(accuracy)
+    assert found["bayes_accuracy"] == pytest.approx(sum(w * max(t, 1 - t) for w, _, t in pairs))
+    gaps = [0.0] * 10
+    for weight, margin, truth in pairs:
+        predicted = sigmoid(found["scale"] * margin)
+        gaps[int(10 * predicted)] += weight * (predicted - truth)
+    assert found["calibration_error"] == pytest.approx(sum(map(abs, gaps)))
+
+
+def test_the_scale_has_the_lowest_log_loss(tables):
+    scores, rewards, probs = tables
+    tables = scores + 3 * rewards, rewards, probs
+    pairs = pairs_of(tables, 0.5)
+
+    def loss(scale):
+        return sum(
+            -w * (t * math.log(sigmoid(scale * m)) + (1 - t) * math.log(sigmoid(-scale * m)))
+            for w, m, t in pairs
+        )
+
+    scale = exact.pair_metrics(*tables, 0.5)["scale"]
+    assert 0.1 < scale < 10
+    assert loss(scale) < min(loss(0.99 * scale), loss(1.01 * scale))
+
+
+def test_the_true_reward_is_the_perfect_reward_model(tables):
+    _, rewards, probs = tables
+    scores = 7 * rewards + torch.tensor([[3.0], [-2.0]])  # in another unit, with constants
+    found = exact.pair_metrics(scores, rewards, probs, 0.5)
+    assert found["scale"] == pytest.approx(1 / (7 * 0.5), abs=1e-6)
+    assert found["calibration_error"] < 1e-9
+    logits = found["scale"] * scores
+    assert exact.distance_per_prompt(logits, rewards / 0.5, probs) < 1e-6
+    # Equal scores are decided by a coin, and equal rewards by the annotator's.
+    assert found["accuracy"] == pytest.approx(found["bayes_accuracy"])
+    constant = exact.pair_metrics(0 * scores, rewards, probs, 0.5)
+    assert constant["accuracy"] == pytest.approx(0.5)
+
+
+def test_correlation_and_distance_by_loops(tables):
+    scores, rewards, probs = (table.tolist() for table in tables)
+    rows = []
+    square = 0.0
+    for s, r, p in zip(scores, rewards, probs, strict=True):
+        rows += [(p[i] / 2, s[i], r[i]) for i in range(6)]
+        mean = sum(p[i] * (s[i] - r[i]) for i in range(6))
+        square += sum(p[i] * (s[i] - r[i] - mean) ** 2 for i in range(6)) / 2
+    mean_s = sum(w * s for w, s, _ in rows)
+    mean_r = sum(w * r for w, _, r in rows)
+    covariance = sum(w * (s - mean_s) * (r - mean_r) for w, s, r in rows)
+    variance_s = sum(w * (s - mean_s) ** 2 for w, s, _ in rows)
+    variance_r = sum(w * (r - mean_r) ** 2 for w, _, r in rows)
+    expected = covariance / math.sqrt(variance_s * variance_r)
+    assert exact.correlation(*tables) == pytest.approx(expected)
+    assert exact.distance_per_prompt(*tables) == pytest.approx(math.sqrt(square))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_best_of_n_by_enumerating_the_samples(tables, n):
+    scores, rewards, probs = (table.tolist() for table in tables)
+    expected = 0.0
+    for s, r, p in zip(scores, rewards, probs, strict=True):
+        for sample in itertools.product(range(6), repeat=n):
+            best = max(sample, key=s.__getitem__)
+            expected += math.prod(p[i] for i in sample) * r[best] / 2
+    assert exact.best_of_n(*tables, n) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("uncertainty_coef", [0.0, 1.0])
+def test_a_file_of_a_reward_model_is_evaluated(few_prompts, tmp_path, uncertainty_coef):
+    members = [make_gpt(seed, outputs=1).float() for seed in [1, 2]]
+    reference = make_gpt(3).float()
+    reference.head.bias[ppo.EOS] = 2.0  # so that few responses are truncated
+    anchors = torch.tensor([(1, 2, 10), (5, 5, 10)])
+    saved = {
+        "members": [gpt.state_dict() for gpt in members],
+        "reference": reference.state_dict(),
+        "anchors": anchors,
+        "uncertainty_coef": uncertainty_coef,
+        "args": {"annotator_temperature": "0.7"},
+    }
+    torch.save(saved, tmp_path / "rm.pt")
+    found = exact.evaluate_file(tmp_path / "rm.pt")
+
+    model = ppo.RewardModel(2, anchors, uncertainty_coef).requires_grad_(False)
+    model.members = torch.nn.ModuleList(members)
+    all_responses = exact.all_responses()
+    columns = [i for i, y in enumerate(all_responses.tolist()) if ppo.EOS in y]
+    responses = all_responses[columns]
+    scores = []
+    rewards = []
+    probs = []
+    for prompt, target in zip(*few_prompts, strict=True):
+        scores.append(model(prompt.expand(len(responses), 3), responses).double())
+        rewards.append(ppo.reward(target.expand(len(responses)), responses).double())
+        prob = exact.response_logprobs(reference, prompt[None], 1.0)[0, columns].exp()
+        probs.append(prob / prob.sum())
+    tables = torch.stack(scores), torch.stack(rewards), torch.stack(probs)
+    expected = exact.pair_metrics(*tables, 0.7)
+    scale = expected.pop("scale")
+    expected["correlation"] = exact.correlation(*tables)
+    expected["best_of_16"] = exact.best_of_n(*tables, 16)
+    expected["best_of_16_by_reward"] = exact.best_of_n(tables[1], tables[1], tables[2], 16)
+    true_logits = tables[1] / 0.7
+    expected["gap"] = exact.distance_per_prompt(scale * tables[0], true_logits, tables[2])
+    expected["gap_of_zero"] = exact.distance_per_prompt(0 * tables[0], true_logits, tables[2])
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+# ---------------------------------------------------------------------------- The command
 def test_command_prints_every_metric_and_draws_the_policy(
     trained, few_prompts, tmp_path, capsys, monkeypatch
 ):
