@@ -69,15 +69,20 @@ class Args:
     rwr_top_fraction: float = 1.0  # rwr: imitate only this fraction of each rollout, the best
 
 
+def is_writable(folder):
+    return folder.is_dir() and os.access(folder, os.W_OK)
+
+
 def check_args(args):
     """Exit with status 2 and one line if a flag's value makes no sense."""
-    runs = "runs" if os.path.lexists("runs") else "."
+    runs = Path("runs") if os.path.lexists("runs") else Path(".")
     save_path = args.save_path or Path("policy.pt")
+    folder = save_path.parent
     rules = [
         (args.device == "cpu" or torch.cuda.is_available(), "--device cuda: no GPU is available"),
-        (not args.tensorboard or os.access(runs, os.W_OK), "cannot write runs/; --no-tensorboard"),
-        (os.access(save_path.parent, os.W_OK), f"--save-path {save_path}: cannot write there"),
-        (not save_path.is_dir(), f"--save-path {save_path} is a directory; name a file"),
+        (not args.tensorboard or is_writable(runs), "runs/ is not writable; use --no-tensorboard"),
+        (is_writable(folder), f"--save-path {save_path}: no folder there that can be written to"),
+        (not save_path.is_dir(), f"--save-path {save_path} is a folder; name a file"),
         (0 <= args.seed < 2**63, f"--seed {args.seed} must be 0 or more"),
         (args.sft_steps >= 0, f"--sft-steps {args.sft_steps} must be 0 or more"),
         (args.batch_size >= 1, f"--batch-size {args.batch_size} must be at least 1"),
@@ -393,6 +398,7 @@ def main(args):
     num_prompts = args.batch_size // args.group_size
     num_rollouts = args.total_episodes // args.batch_size
     warmup = max(1, num_rollouts // 10)
+    recent_scores = []  # of the rollouts since the last progress line
     for rollout in range(1, num_rollouts + 1):
         # Linear warmup over the first 10% of training, then linear decay to 0.
         decay = (num_rollouts - rollout + 1) / (num_rollouts - warmup + 1)
@@ -481,11 +487,13 @@ def main(args):
                 writer.add_scalar(f"losses/{name}", metrics[name], episodes)
             unexplained = advantages[mask].var() / returns[mask].var().clamp(min=1e-8)
             writer.add_scalar("losses/explained_variance", 1 - unexplained, episodes)
+        recent_scores.append(score)
         if rollout % max(1, num_rollouts // 20) == 0:
             print(
-                f"episode {episodes:6d}  score {score:.3f}  KL {mean_kl:.3f}  "
-                f"{episodes / seconds:,.1f} episodes/s  {seconds_left:.0f} s left"
+                f"episode {episodes:6d}  score {sum(recent_scores) / len(recent_scores):.3f}  "
+                f"KL {mean_kl:.3f}  {episodes / seconds:,.1f} episodes/s  {seconds_left:.0f} s left"
             )
+            recent_scores = []
 
     # Evaluate on the held-out prompts, save and report.
     after = evaluate(policy, reference, test_prompts, test_targets, args.temperature)

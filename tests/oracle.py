@@ -273,3 +273,44 @@ def adamw(weights, gradients, learning_rates, max_norm):
         weights = weights - rate * first / (1 - 0.9**step) / scale
         history.append(weights)
     return history
+
+
+def grpo_terms(new, old, advantage, loss_type, low, high):
+    """Terms of the objective of one response, a list of log-probabilities, and which are clipped.
+
+    One term per token. For gspo they are all the same, since its ratio is that of the response.
+    """
+    ratios = [(x - y).exp() for x, y in zip(new, old, strict=True)]
+    if loss_type == "gspo":
+        ratios = [math.prod(ratios) ** (1 / len(ratios))] * len(ratios)
+    terms = []
+    outside = []
+    for ratio, logprob in zip(ratios, new, strict=True):
+        if loss_type == "cispo":
+            terms.append(min(ratio.item(), 1 + high) * advantage * logprob)
+            outside.append(ratio.item() > 1 + high)
+        else:
+            clipped = ratio.clamp(1 - low, 1 + high)
+            terms.append(torch.min(ratio * advantage, clipped * advantage))
+            outside.append(ratio.item() > 1 + high or ratio.item() < 1 - low)
+    return terms, outside
+
+
+def token_weights(lengths, loss_type, longest):
+    """What each token of a response weighs: one number per response of a rollout."""
+    if loss_type in ("grpo", "gspo"):
+        return [1 / n for n in lengths]
+    if loss_type == "dr-grpo":
+        return [1 / longest for _ in lengths]
+    return [len(lengths) / sum(lengths) for _ in lengths]
+
+
+def kl_penalty(logprob, old_logprob, ref_logprob, kind):
+    """Estimate of KL(policy ‖ reference) from one sampled token; numbers or tensors."""
+    d = logprob - ref_logprob
+    if kind == "k2":
+        return d**2 / 2
+    k3 = math.e ** (-d) - 1 + d
+    if kind == "k3":
+        return k3
+    return math.e ** (logprob - old_logprob) * k3
