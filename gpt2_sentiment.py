@@ -653,20 +653,26 @@ def response_logits(policy, states, temperature, allowed):
 
 
 def masked_sum(x, mask):
-    """Sum of x (B, R) over the real tokens of each response. (B,)"""
+    """Sum over the unmasked tokens of each response: (B, R) to (B,)."""
     return torch.where(mask, x, 0.0).sum(1)
 
 
 def masked_mean(x, mask):
-    """Mean of x (B, R) over the real tokens of all responses. ()"""
+    """Mean over all unmasked tokens: (B, R) to a scalar."""
     return masked_sum(x, mask).sum() / mask.sum()
 
 
-def whiten(x, mask, shift_mean=True):
-    """Scale x (B, R) to variance 1 (over N, not N-1) and mean 0 on real tokens; 0 after EOS."""
+def whiten(x, mask):
+    """Normalise x (B, R) to mean 0 and variance 1 (over N) of the unmasked tokens; 0 elsewhere."""
     mean = masked_mean(x, mask)
     std = masked_mean((x - mean) ** 2, mask).sqrt()
-    return torch.where(mask, (x - mean if shift_mean else x) / (std + 1e-8), 0.0)
+    return torch.where(mask, (x - mean) / (std + 1e-8), 0.0)
+
+
+def scale_rewards(rewards, mask):
+    """Divide rewards (B, R) by their standard deviation on real tokens; 0 after EOS."""
+    std = masked_mean((rewards - masked_mean(rewards, mask)) ** 2, mask).sqrt()
+    return torch.where(mask, rewards / (std + 1e-8), 0.0)
 
 
 # ------------------------------------------------------------------ PPO
@@ -682,55 +688,56 @@ def kl_estimate(logprobs, ref_logprobs, kind):
 
 
 def token_rewards(scores, kl, mask, kl_coef):
-    """Rewards (B, R): scores (B,), paid at the last real token, or (B, R), less β times the KL."""
-    if scores.dim() == 1:
-        last = mask.sum(1, keepdim=True) - 1  # EOS, or where the response was cut off
-        scores = torch.zeros_like(kl).scatter(1, last, scores[:, None])
-    return torch.where(mask, scores - kl_coef * kl, 0.0)
+    """Per-token rewards (B, R): -β·KL at every token, plus the score (B,) at the last one."""
+    last = mask.sum(1, keepdim=True) - 1  # EOS, or the final token of a truncated response
+    rewards = (-kl_coef * kl).scatter_add(1, last, scores[:, None])
+    return torch.where(mask, rewards, 0.0)
 
 
 def compute_gae(rewards, values, mask, gamma, gae_lambda):
-    """Generalised advantage estimation (Schulman et al. 2016, eq. 16), responses of unequal length.
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16).
 
-    rewards, values, mask: (B, R). Returns advantages and returns, (B, R), zero after EOS.
+    rewards, values, mask: (B, R). Returns advantages and returns, both (B, R), zero after EOS.
     """
     advantages = torch.zeros_like(rewards)
-    next_value = next_advantage = torch.zeros_like(rewards[:, 0])  # (B,)
+    next_value = torch.zeros_like(rewards[:, 0])  # (B,)
+    next_advantage = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        # Nothing follows EOS, so there is nothing to bootstrap from: both carries are zero there.
+        # Padding contributes nothing: the value and advantage carried back from it are zero.
         next_advantage = torch.where(mask[:, t], delta + gamma * gae_lambda * next_advantage, 0.0)
         next_value = torch.where(mask[:, t], values[:, t], 0.0)
         advantages[:, t] = next_advantage
     return advantages, torch.where(mask, advantages + values, 0.0)
 
 
-def policy_loss(logprobs, old_logprobs, advantages, mask, clip_coef, dual_clip=None):
-    """Clipped objective (Schulman et al. 2017, eq. 7), negated; dual clip: arXiv:1912.09729, eq. 5.
+def policy_loss(logprobs, old_logprobs, advantages, mask, clip_coef):
+    """Clipped surrogate objective (Schulman et al. 2017, eq. 7), negated. All inputs (B, R).
 
-    All (B, R). Summed over tokens, then averaged over responses: at the old policy its gradient is
-    the policy gradient of J itself. A mean over tokens would favour tokens of short responses.
+    Summed over tokens, averaged over responses: at π = π_old, and with unbiased advantages, its
+    gradient is exactly the policy gradient of J. A mean over the tokens of each response would
+    instead give the tokens of short responses more weight.
     """
     logratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     ratio = logratio.exp()
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     objective = torch.min(ratio * advantages, clipped * advantages)
-    if dual_clip is not None:
-        bounded = torch.max(objective, dual_clip * advantages)
-        objective = torch.where(advantages < 0, bounded, objective)
     with torch.no_grad():
-        approx_kl = masked_mean(ratio - 1 - logratio, mask)  # k3 of old ‖ new: never negative
-        clipfrac = masked_mean(((ratio - 1).abs() > clip_coef).float(), mask)
-        metrics = {"approx_kl": approx_kl, "clipfrac": clipfrac, "ratio": masked_mean(ratio, mask)}
+        metrics = {
+            # KL(π_old ‖ π) by the k3 estimator, http://joschu.net/blog/kl-approx.html
+            "approx_kl": masked_mean(ratio - 1 - logratio, mask),
+            "clipfrac": masked_mean(((ratio - 1).abs() > clip_coef).float(), mask),
+            "ratio": masked_mean(ratio, mask),  # exactly 1 at a rollout's first gradient step
+        }
     return -masked_sum(objective, mask).mean(), metrics
 
 
-def value_loss(values, old_values, returns, mask, clip_coef):
-    """Half the squared error, values clipped around the old ones; summed and averaged likewise."""
-    values, old_values, returns = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
-    clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
-    loss = 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
-    return masked_sum(loss, mask).mean()
+def value_loss(values, old_values, returns, mask, value_clip):
+    """Half the squared error of the values, clipped to within value_clip of the old ones."""
+    clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    error = torch.where(mask, values - returns, 0.0)
+    clipped_error = torch.where(mask, clipped - returns, 0.0)
+    return 0.5 * masked_sum(torch.max(error**2, clipped_error**2), mask).mean()
 
 
 class AdaptiveKL:
@@ -742,7 +749,8 @@ class AdaptiveKL:
     def update(self, kl, episodes):
         if self.target is not None:
             error = min(max(kl / self.target - 1, -0.2), 0.2)
-            self.coef *= 1 + error * episodes / self.horizon
+            # A batch longer than the horizon counts as one horizon, or β could turn negative.
+            self.coef *= 1 + error * min(episodes / self.horizon, 1.0)
 
 
 # ------------------------------------------------------------------ Several processes
@@ -991,7 +999,7 @@ def main(args: Args) -> dict[str, float]:
         kl, kl_coef = kl_estimate(old_logprobs, ref_logprobs, "k1"), adaptive_kl.coef
         rewards = token_rewards(scores, kl, mask, kl_coef)
         if args.whiten_rewards:
-            rewards = whiten(rewards, mask, shift_mean=False)
+            rewards = scale_rewards(rewards, mask)
         advantages, returns = compute_gae(rewards, old_values, mask, args.gamma, args.gae_lambda)
         if args.normalize_advantages:
             advantages = whiten(advantages, mask)

@@ -501,3 +501,46 @@ def test_rewards_are_plain_functions_in_one_table():
     for name, function in gpt2.REWARDS.items():
         assert function is getattr(gpt2, f"{name}_reward")
         assert len(function(["a", "b"], ["good", "A great day"])) == 2
+
+
+# ---------------------------------------------------------------- Rewards per token and their scale
+
+
+@pytest.mark.parametrize("garbage", [0.0, math.nan])
+def test_scaled_rewards_keep_their_mean_in_units_of_the_deviation(garbage):
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
+    rewards = torch.where(mask, torch.tensor([[1.0, 2, 4], [8, 3, 3]]), garbage)
+    std = math.sqrt((1 + 4 + 16 + 64) / 4 - (15 / 4) ** 2)
+    expected = torch.tensor([[1.0, 2, 4], [8, 0, 0]]) / std
+    torch.testing.assert_close(gpt2.scale_rewards(rewards, mask), expected)
+
+
+def test_kl_estimators_by_hand():
+    logprobs, ref_logprobs = torch.tensor([0.5]).log(), torch.tensor([0.25]).log()
+    expected = {"k1": math.log(2), "k2": math.log(2) ** 2 / 2, "k3": 0.5 - 1 + math.log(2)}
+    for kind, value in expected.items():
+        assert gpt2.kl_estimate(logprobs, ref_logprobs, kind).item() == pytest.approx(value)
+
+
+@pytest.mark.parametrize("kl", [0.5, 0.21, 0.2, 0.19, 0.01])
+def test_adaptive_kl(kl):
+    controller = gpt2.AdaptiveKL(0.05, 0.2, 1000)
+    controller.update(kl, 100)
+    error = max(-0.2, min(0.2, kl / 0.2 - 1))
+    assert controller.coef == pytest.approx(0.05 * (1 + error * 0.1))
+
+
+@pytest.mark.parametrize("episodes", [1_000, 5_000, 10_000, 1_000_000])
+def test_adaptive_kl_stays_positive_however_large_the_batch(episodes):
+    controller = gpt2.AdaptiveKL(0.05, 0.2, 1000)
+    for _ in range(3):
+        controller.update(0.0, episodes)
+    assert controller.coef == pytest.approx(0.05 * 0.8**3)
+    controller.update(1.0, episodes)
+    assert controller.coef == pytest.approx(0.05 * 0.8**3 * 1.2)
+
+
+def test_without_a_target_the_coefficient_stays():
+    controller = gpt2.AdaptiveKL(0.05, None, 1000)
+    controller.update(3.0, 100)
+    assert controller.coef == 0.05

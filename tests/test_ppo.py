@@ -446,6 +446,8 @@ def wrong_files(folder):
     """Contents of files that are no reward model, by name."""
     nan = reward_model_file()
     nan["members"][2]["norm.bias"][5] = math.nan
+    nan_row = reward_model_file()
+    nan_row["members"][1]["embed.weight"][9, 3] = math.nan  # of a token that few responses have
     infinite = reward_model_file()
     infinite["members"][0]["embed.weight"][0, 0] = math.inf
     missing = reward_model_file()
@@ -459,6 +461,7 @@ def wrong_files(folder):
         "policy": {"args": {}, "policy": gpt, "reference": gpt},
         "policies as members": reward_model_file(members=[gpt]),
         "nan": nan,
+        "nan in one row": nan_row,
         "infinite": infinite,
         "missing weight": missing,
         "wrong shape": wide,
