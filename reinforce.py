@@ -50,7 +50,7 @@ class Args:
 
     # Training
     sft_steps: int = 100  # supervised steps before RL; 0 starts from random weights
-    reward: Literal["outcome", "process"] = "outcome"  # reward at the end, or also per token
+    reward: Literal["outcome", "process"] = "outcome"  # process: half is for the first digit
     total_episodes: int = 122_880  # total number of sampled responses
     batch_size: int = 256  # responses per rollout
     group_size: int = 4  # responses per prompt

@@ -1,6 +1,7 @@
 """reinforce.py: expected gradients against exact ones, and every step of training by hand."""
 
 import math
+import re
 import statistics
 import typing
 
@@ -627,6 +628,20 @@ def test_what_the_log_says_about_time(monkeypatch, capsys):
     assert [line.split("  ")[-1] for line in progress] == [f"{n} s left" for n in (3, 2, 1, 0)]
     assert all("64.0 episodes/s" in line for line in progress)
     assert ending.endswith("  6.0 s")
+
+
+def test_a_progress_line_has_the_mean_score_since_the_last_one(monkeypatch, capsys):
+    curves = programs.record_curves(monkeypatch, reinforce)
+    run(batch_size=16, total_episodes=61 * 16, tensorboard=True)
+    scores = programs.values(curves["charts/score"])
+    kl = programs.values(curves["charts/kl"])
+    _, *progress, _ = capsys.readouterr().out.splitlines()
+    assert len(progress) == 20
+    for i, line in enumerate(progress):
+        episode, score, mean_kl, _, _ = re.fullmatch(programs.PROGRESS, line).groups()
+        assert int(episode) == 48 * (i + 1)
+        assert float(score) == pytest.approx(sum(scores[3 * i : 3 * i + 3]) / 3, abs=6e-4)
+        assert float(mean_kl) == pytest.approx(kl[3 * i + 2], abs=6e-4)
 
 
 def test_success_rises():
