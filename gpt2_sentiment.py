@@ -399,7 +399,7 @@ def embedded_gpt2(sentences):
     return policy, tokenizer
 
 
-def pretrain(policy, tokenizer, sentences, steps):
+def pretrain_gpt2(policy, tokenizer, sentences, steps):
     """Fit the policy, in place, to the sentences by maximum likelihood."""
     eos, device = policy.config.eos_token_id, policy.wte.weight.device
     ids = [[eos, *encoding.ids, eos] for encoding in tokenizer.encode_batch(sentences)]
@@ -954,7 +954,7 @@ def main(args: Args) -> dict[str, float]:
         print(f"{script}.py: {device}, seed {args.seed}, {count:,} parameters", flush=True)
     policy.to(device)
     if embedded and state is None:
-        pretrain(policy, tokenizer, sentences, args.pretrain_steps)
+        pretrain_gpt2(policy, tokenizer, sentences, args.pretrain_steps)
     for parameter in policy.parameters() if processes > 1 else ():
         dist.broadcast(parameter.data, 0)
     reference = copy.deepcopy(policy).requires_grad_(False)

@@ -323,7 +323,7 @@ def test_pretraining_lowers_the_loss(monkeypatch):
 
     before = loss()
     assert before == pytest.approx(math.log(tokenizer.get_vocab_size()), rel=0.1)
-    gpt2.pretrain(policy, tokenizer, sentences, 25)
+    gpt2.pretrain_gpt2(policy, tokenizer, sentences, 25)
     assert loss() < before - 2
 
 
@@ -843,7 +843,7 @@ def test_settings_that_fit_the_model(monkeypatch):
     monkeypatch.setattr(gpt2, "evaluate_texts", end)
     small, tokenizer = gpt2.load_gpt2(str(TINY))
     monkeypatch.setattr(gpt2, "embedded_gpt2", lambda sentences: (small, tokenizer))
-    monkeypatch.setattr(gpt2, "pretrain", lambda *a: None)
+    monkeypatch.setattr(gpt2, "pretrain_gpt2", lambda *a: None)
     monkeypatch.setattr(gpt2, "write_sentences", lambda *a: [])
     rate = pytest.approx(3.2e-4 / CONFIG["n_embd"] ** 0.5)
     assert settings() == (3e-4, 64, 2_560)
