@@ -53,10 +53,10 @@ class Args:
     sft_steps: int = 100  # supervised steps before RL; 0 starts from random weights
     reward_model: Path | None = None  # maximise the score of a model saved by reward_model.py
     total_episodes: int = 102_400  # total number of sampled responses
-    batch_size: int = 256  # responses per rollout
-    update_epochs: int = 1  # passes over each rollout
+    batch_size: int = 512  # responses per rollout
+    update_epochs: int = 2  # passes over each rollout
     num_minibatches: int = 4  # gradient steps per pass
-    learning_rate: float = 1e-3  # peak learning rate; linear warmup over 10%, then linear decay
+    learning_rate: float = 5e-4  # peak learning rate; linear warmup over 10%, then linear decay
     max_grad_norm: float = 1.0  # maximum norm for gradient clipping
     temperature: float = 1.0  # sampling temperature; log-probabilities are computed at it too
 
@@ -70,30 +70,35 @@ class Args:
     kl_estimator: Literal["k2", "k3", "k3-iw", "full"] = "k3-iw"  # of the KL in the loss
 
 
+def is_writable(folder):
+    return folder.is_dir() and os.access(folder, os.W_OK)
+
+
 def check_args(args):
     """Exit with status 2 and one line if a flag's value makes no sense."""
-    runs = Path("runs" if os.path.lexists("runs") else ".")
-    runs_writable = runs.is_dir() and os.access(runs, os.W_OK)
+    runs = Path("runs") if os.path.lexists("runs") else Path(".")
     save_path = args.save_path or Path("policy.pt")
     folder = save_path.parent
-    minibatches_fit = args.num_minibatches >= 1 and args.batch_size % args.num_minibatches == 0
-    groups_fit = args.group_size >= 2 and args.batch_size % args.group_size == 0
     rules = [
         (args.device == "cpu" or torch.cuda.is_available(), "--device cuda: no GPU is available"),
-        (not args.tensorboard or runs_writable, "cannot write runs/; --no-tensorboard"),
-        (folder.is_dir(), f"--save-path {save_path}: cannot write there"),
-        (os.access(folder, os.W_OK), f"--save-path {save_path}: cannot write there"),
-        (not save_path.is_dir(), f"--save-path {save_path} is a directory; name a file"),
+        (not args.tensorboard or is_writable(runs), "runs/ is not writable; use --no-tensorboard"),
+        (is_writable(folder), f"--save-path {save_path}: no folder there that can be written to"),
+        (not save_path.is_dir(), f"--save-path {save_path} is a folder; name a file"),
         (0 <= args.seed < 2**63, f"--seed {args.seed} must be 0 or more"),
         (args.sft_steps >= 0, f"--sft-steps {args.sft_steps} must be 0 or more"),
         (args.batch_size >= 1, f"--batch-size {args.batch_size} must be at least 1"),
         (args.total_episodes >= args.batch_size, "--total-episodes must be at least --batch-size"),
         (args.update_epochs >= 1, f"--update-epochs {args.update_epochs} must be at least 1"),
-        (minibatches_fit, "--num-minibatches must be at least 1 and divide --batch-size"),
+        (args.num_minibatches >= 1, f"--num-minibatches {args.num_minibatches} must be at least 1"),
+        (
+            args.batch_size % max(1, args.num_minibatches) == 0,
+            "--num-minibatches must divide --batch-size",
+        ),
         (0 < args.learning_rate < 1, f"--learning-rate {args.learning_rate} must be in (0, 1)"),
         (0 < args.max_grad_norm < 1e6, f"--max-grad-norm {args.max_grad_norm} must be positive"),
         (0 < args.temperature < 1e6, f"--temperature {args.temperature} must be positive"),
-        (groups_fit, "--group-size must be at least 2 and divide --batch-size"),
+        (args.group_size >= 2, f"--group-size {args.group_size} must be at least 2, to compare"),
+        (args.batch_size % max(1, args.group_size) == 0, "--group-size must divide --batch-size"),
         (0 <= args.kl_coef < 1e6, f"--kl-coef {args.kl_coef} must be 0 or more"),
         (0 < args.clip_coef < 1e6, f"--clip-coef {args.clip_coef} must be positive"),
     ]
@@ -225,13 +230,16 @@ def load_reward_model(path, device):
         reward_model = RewardModel(len(saved["members"]), anchors, float(saved["uncertainty_coef"]))
         for gpt, weights in zip(reward_model.members, saved["members"], strict=True):
             gpt.load_state_dict(weights)
-        if not all(weight.isfinite().all() for weight in reward_model.parameters()):
+        reward_model = reward_model.to(device).requires_grad_(False)
+        # Score a response, so that whatever is wrong with the file shows here.
+        prompt = torch.zeros(1, 3, dtype=torch.long, device=device)
+        if not reward_model(prompt, prompt).isfinite().all():
             raise ValueError
     except Exception as error:  # a file can be wrong in any number of ways
         reason = f"not a file of reward_model.py, or damaged ({type(error).__name__})"
         print(f"error: --reward-model {path}: {reason}", file=sys.stderr)
         sys.exit(2)
-    return reward_model.to(device).requires_grad_(False)
+    return reward_model
 
 
 # ---------------------------------------------------------------------------- Sampling
@@ -470,6 +478,7 @@ def main(args):
     minibatch_size = args.batch_size // args.num_minibatches
     num_rollouts = args.total_episodes // args.batch_size
     warmup = max(1, num_rollouts // 10)
+    recent_scores = []  # of the rollouts since the last progress line
     for rollout in range(1, num_rollouts + 1):
         # Linear warmup over the first 10% of training, then linear decay to 0.
         decay = (num_rollouts - rollout + 1) / (num_rollouts - warmup + 1)
@@ -563,11 +572,13 @@ def main(args):
             # The share of groups whose scores are all equal: they teach nothing.
             equal = (advantages.view(-1, args.group_size) == 0).all(1)
             writer.add_scalar("charts/equal_groups", equal.float().mean(), episodes)
+        recent_scores.append(score)
         if rollout % max(1, num_rollouts // 20) == 0:
             print(
-                f"episode {episodes:6d}  score {score:.3f}  KL {mean_kl:.3f}  "
-                f"{episodes / seconds:,.1f} episodes/s  {seconds_left:.0f} s left"
+                f"episode {episodes:6d}  score {sum(recent_scores) / len(recent_scores):.3f}  "
+                f"KL {mean_kl:.3f}  {episodes / seconds:,.1f} episodes/s  {seconds_left:.0f} s left"
             )
+            recent_scores = []
 
     # Evaluate on the held-out prompts, save and report.
     after = evaluate(policy, reference, test_prompts, test_targets, args.temperature)
