@@ -1,10 +1,9 @@
-"""Our losses are TRL's: its own code, on its own trainers, on random ragged batches. Skipped
-without TRL (pip install -r benchmark/requirements.txt).
+"""Our losses are TRL's: its own code, on its own trainers, on random batches of unequal lengths.
 
-Where the two differ by convention, the factor stands in the test, and in its name or docstring.
+Skipped without TRL (pip install -r benchmark/requirements.txt). Where the two differ by convention,
+the factor stands in the test, and in its name or docstring; benchmark/README.md has a list.
 """
 
-import itertools
 import sys
 import time
 from pathlib import Path
@@ -16,14 +15,17 @@ pytest.importorskip("trl")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import against_trl as bench
+import exact
 import torch
 
+import dpo
 import grpo
 import ppo
 import reinforce
+import reward_model
 
-dpo, reward_model = (pytest.importorskip(name) for name in ("dpo", "reward_model"))
-EOS, LONGEST = grpo.EOS, 7
+EOS = grpo.EOS
+LONGEST = 7
 PAIRS = [[[4, 3, 3]], [[2, 8, EOS]], [[1, EOS]]]
 
 
@@ -48,11 +50,12 @@ def random_gpt(outputs=grpo.VOCAB):
 def trainers(tmp_path_factory):
     """TRL's trainer of a method, as the benchmark makes it; and our GPT of the same weights."""
     torch.manual_seed(0)
-    gpt, made = random_gpt(), {}
+    gpt = random_gpt()
+    made = {}
 
     def get(method):
         if method not in made:
-            job = bench.Job(method, 1, 1e-3, 64, rollouts=8)
+            job = bench.Job(method, 1, 64, num_rollouts=8)
             if method not in ("grpo", "rloo"):
                 job.pairs = PAIRS
             trainer = bench.trl_trainer(job, gpt, str(tmp_path_factory.mktemp(method)))
@@ -92,14 +95,22 @@ THEIR_NAMES = {"dr-grpo": "dr_grpo", "gspo": "grpo"}
 
 def their_grpo(trainer, new, old, ref, advantages, mask, loss_type, monkeypatch, **settings):
     """TRL's loss of given log-probabilities; garbage where there are no tokens."""
-    new, old, ref = (torch.where(mask, x, 3 * x.detach()) for x in (new, old, ref))
-    found = lambda *_, **__: (new, torch.zeros_like(new), None)  # noqa: E731
-    monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", found)
+    new = torch.where(mask, new, 3 * new.detach())
+    old = torch.where(mask, old, 3 * old)
+    ref = torch.where(mask, ref, 3 * ref)
+
+    def logprobs(*_, **__):
+        return new, torch.zeros_like(new), None
+
+    monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", logprobs)
     tokens = settings.pop("tokens", mask.sum())
-    known = {"loss_type": THEIR_NAMES.get(loss_type, loss_type), "max_completion_length": LONGEST}
-    known |= {"importance_sampling_level": "sequence" if loss_type == "gspo" else "token"}
-    known |= {"steps_per_generation": 1}
-    for name, value in (known | settings).items():
+    defaults = {
+        "loss_type": THEIR_NAMES.get(loss_type, loss_type),
+        "max_completion_length": LONGEST,
+        "importance_sampling_level": "sequence" if loss_type == "gspo" else "token",
+        "steps_per_generation": 1,
+    }
+    for name, value in {**defaults, **settings}.items():
         on_args = name in ("delta", "use_bias_correction_kl", "steps_per_generation")
         monkeypatch.setattr(trainer.args if on_args else trainer, name, value)
     rows = len(mask)
@@ -117,38 +128,48 @@ def their_grpo(trainer, new, old, ref, advantages, mask, loss_type, monkeypatch,
 
 
 def grpo_batch(rows=12):
-    mask, old = ragged(rows), float64(rows, LONGEST) - 2
-    new, ref = old + float64(rows, LONGEST, scale=0.4), old + float64(rows, LONGEST, scale=0.4)
+    mask = ragged(rows)
+    old = float64(rows, LONGEST) - 2
+    new = old + float64(rows, LONGEST, scale=0.4)
+    ref = old + float64(rows, LONGEST, scale=0.4)
     return new.requires_grad_(), old, ref, float64(rows), mask
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dr-grpo", "dapo", "gspo", "cispo"])
 def test_grpo_policy_loss(trainers, monkeypatch, loss_type):
-    """TRL's cispo takes the largest weight itself as epsilon_high, we what it exceeds 1 by."""
+    """TRL's epsilon_high of cispo is the largest weight itself; ours is what it exceeds 1 by."""
     trainer, _ = trainers("grpo")
     new, old, ref, advantages, mask = grpo_batch()
-    low, high = 0.1, 0.28
-    settings = {"epsilon_low": low, "epsilon_high": high + (loss_type == "cispo"), "beta": 0.0}
-    given = new, old, ref, advantages, mask, loss_type, monkeypatch
-    theirs = their_grpo(trainer, *given, **settings)
+    settings = {"epsilon_low": 0.1, "epsilon_high": 0.28, "beta": 0.0}
+    if loss_type == "cispo":
+        settings["epsilon_high"] = 1.28
+    batch = new, old, ref, advantages, mask, loss_type, monkeypatch
+    theirs = their_grpo(trainer, *batch, **settings)
     weights = grpo.token_weights(mask, loss_type).double()
-    ours, metrics = grpo.grpo_loss(new, old, advantages, mask, weights, loss_type, low, high)
+    ours, metrics = grpo.grpo_loss(new, old, advantages, mask, weights, loss_type, 0.1, 0.28)
     assert metrics["clipfrac"] > 0.1
     assert_same(ours, theirs, new, 1e-7)  # the weights are float32
 
 
+def kl_loss(new, old, ref, mask, weights, estimator):
+    """The KL in the loss of grpo.py."""
+    penalty = grpo.kl_penalty(new, old, ref, mask, estimator)
+    return (grpo.masked_sum(penalty, mask) * weights).mean()
+
+
 @pytest.mark.parametrize("loss_type", ["grpo", "dr-grpo", "dapo", "cispo"])
-@pytest.mark.parametrize("kind", ["k3", "k3-unbiased"])
-def test_grpo_kl(trainers, monkeypatch, loss_type, kind):
-    """k3-unbiased is TRL's use_bias_correction_kl, its default. TRL has no k2."""
+@pytest.mark.parametrize("estimator", ["k3", "k3-iw"])
+def test_grpo_kl(trainers, monkeypatch, loss_type, estimator):
+    """k3-iw is TRL's use_bias_correction_kl, its default. TRL has neither k2 nor full."""
     trainer, _ = trainers("grpo")
     new, old, ref, advantages, mask = grpo_batch()
-    settings = {"beta": 0.7, "use_bias_correction_kl": kind == "k3-unbiased"}
+    settings = {"beta": 0.7, "use_bias_correction_kl": estimator == "k3-iw"}
     theirs = their_grpo(
         trainer, new, old, ref, 0 * advantages, mask, loss_type, monkeypatch, **settings
     )
     weights = grpo.token_weights(mask, loss_type).double()
-    assert_same(0.7 * grpo.kl_loss(new, old, ref, mask, weights, kind), theirs, new, 1e-7)
+    ours = kl_loss(new, old, ref, mask, weights, estimator)
+    assert_same(0.7 * ours, theirs, new, 1e-7)
 
 
 def test_gspo_kl_has_the_ratio_of_the_response_in_trl(trainers, monkeypatch):
@@ -161,9 +182,9 @@ def test_gspo_kl_has_the_ratio_of_the_response_in_trl(trainers, monkeypatch):
     )
     weights = grpo.token_weights(mask, "gspo").double()
     ratio = (grpo.masked_sum(new - old, mask) / mask.sum(1)).exp()
-    k3 = grpo.kl_estimate(new, ref, "k3")
+    k3 = grpo.kl_penalty(new, old, ref, mask, "k3")
     assert_same(0.7 * (ratio * grpo.masked_sum(k3, mask) * weights).mean(), theirs, new, 1e-7)
-    assert abs(0.7 * grpo.kl_loss(new, old, ref, mask, weights, "k3-unbiased") - theirs) > 1e-3
+    assert abs(0.7 * kl_loss(new, old, ref, mask, weights, "k3-iw") - theirs) > 1e-3
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "cispo"])
@@ -172,12 +193,25 @@ def test_grpo_token_mean_is_of_the_whole_rollout_not_of_the_minibatch(
 ):
     trainer, _ = trainers("grpo")
     new, old, ref, advantages, mask = grpo_batch()
-    weights, rows = grpo.token_weights(mask, loss_type).double(), torch.tensor([1, 4, 6, 7, 9, 11])
-    settings = {"beta": 0.0, "epsilon_low": 0.2, "epsilon_high": 0.2 + (loss_type == "cispo")}
-    settings |= {"steps_per_generation": 2, "tokens": mask.sum()}
-    parts = [x[rows] for x in (new, old, ref, advantages, mask)]
-    theirs = their_grpo(trainer, *parts, loss_type, monkeypatch, **settings)
-    ours = grpo.grpo_loss(*parts[:2], *parts[3:], weights[rows], loss_type, 0.2, 0.2)[0]
+    weights = grpo.token_weights(mask, loss_type).double()
+    rows = torch.tensor([1, 4, 6, 7, 9, 11])
+    settings = {"beta": 0.0, "epsilon_low": 0.2, "epsilon_high": 0.2}
+    if loss_type == "cispo":
+        settings["epsilon_high"] = 1.2
+    settings["steps_per_generation"] = 2
+    settings["tokens"] = mask.sum()
+    minibatch = [x[rows] for x in (new, old, ref, advantages, mask)]
+    theirs = their_grpo(trainer, *minibatch, loss_type, monkeypatch, **settings)
+    ours, _ = grpo.grpo_loss(
+        new[rows],
+        old[rows],
+        advantages[rows],
+        mask[rows],
+        weights[rows],
+        loss_type,
+        0.2,
+        0.2,
+    )
     assert_same(ours, theirs, new, 1e-7)
 
 
@@ -189,24 +223,27 @@ def test_two_sided_clip_is_ppos_dual_clip(trainers, monkeypatch):
     theirs = their_grpo(
         trainer, new, old, ref, advantages, mask, "dr-grpo", monkeypatch, **settings
     )
-    each = advantages[:, None].expand_as(mask)
-    ours = ppo.policy_loss(new, old, each, mask, 0.2, 1.5)[0]
+    token_advantages = advantages[:, None].expand_as(mask)
+    ours = ppo.dual_clip_loss(new, old, token_advantages, mask, 0.2, 1.5)
     assert_same(ours, LONGEST * theirs, new)
-    assert abs(ours - ppo.policy_loss(new, old, each, mask, 0.2)[0]) > 1e-3
+    without, _ = ppo.policy_loss(new, old, token_advantages, mask, 0.2)
+    assert abs(ours - without) > 1e-3
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_advantages_but_for_the_standard_deviation(trainers, monkeypatch, scale):
     """TRL's is over N-1 and has 1e-4 added, ours over N and has 1e-8 added."""
     trainer, _ = trainers("grpo")
-    size, rows = 8, trainer._train_batch_size
+    size = 8
+    rows = trainer._train_batch_size
     scores = torch.rand(rows, dtype=torch.float64)
-    scores[:size], scores[size : 2 * size] = 1.0, (torch.arange(size) < 3).double()
+    scores[:size] = 1.0
+    scores[size : 2 * size] = (torch.arange(size) < 3).double()
     monkeypatch.setattr(trainer, "scale_rewards", scale)
     monkeypatch.setattr(trainer, "_calculate_rewards", lambda *_: scores[:, None])
     monkeypatch.setattr(trainer, "reward_weights", torch.ones(1, dtype=torch.float64))
     theirs = trainer._generate_and_score_completions(rollout_rows(rows))["advantages"]
-    ours, _ = grpo.group_advantages(scores, size, scale)
+    ours = grpo.group_advantages(scores, size, scale)
     if scale != "none":
         groups = scores.view(-1, size) if scale == "group" else scores[None]
         ours = ours.view(len(groups), -1)
@@ -218,8 +255,11 @@ def test_advantages_but_for_the_standard_deviation(trainers, monkeypatch, scale)
 
 def rollout_rows(rows):
     """What TRL's sampler hands over: each prompt as often as it is answered."""
-    prompts = grpo.make_prompts()[0][: rows // 8].repeat_interleave(8, 0).tolist()
-    return [{"prompt": " ".join(map(str, x)), "total": sum(x)} for x in prompts]
+    prompts, targets, _, _ = grpo.make_prompts("cpu")
+    data = []
+    for prompt, target in zip(prompts[: rows // 8].tolist(), targets.tolist(), strict=False):
+        data += [{"prompt": " ".join(map(str, prompt)), "target": target}] * 8
+    return data
 
 
 def test_grpo_from_sampling_to_gradient(trainers, monkeypatch):
@@ -230,11 +270,11 @@ def test_grpo_from_sampling_to_gradient(trainers, monkeypatch):
     monkeypatch.setattr(trainer, "scale_rewards", "none")
     monkeypatch.setattr(trainer, "_calculate_rewards", lambda *_: scores[:, None])
     inputs = trainer._generate_and_score_completions(rollout_rows(rows))
-    x, y = inputs["prompt_ids"], inputs["completion_ids"]
+    x = inputs["prompt_ids"]
+    y = inputs["completion_ids"]
     mask = grpo.response_mask(y)
-    assert (
-        torch.equal(mask, inputs["completion_mask"].bool()) and len(set(mask.sum(1).tolist())) > 1
-    )
+    assert torch.equal(mask, inputs["completion_mask"].bool())
+    assert len(set(mask.sum(1).tolist())) > 1
     before = {name: w.clone() for name, w in trainer.model.state_dict().items()}
     with torch.no_grad():
         for weights in trainer.model.parameters():
@@ -245,17 +285,18 @@ def test_grpo_from_sampling_to_gradient(trainers, monkeypatch):
         return grpo.token_logprobs(gpt.head(grpo.response_states(gpt, x, y)), y)
 
     with torch.no_grad():
-        old, ref = logprobs(policy) + 0.1 * torch.randn(mask.shape), logprobs(reference)
+        old = logprobs(policy) + 0.1 * torch.randn(mask.shape)
+        ref = logprobs(reference)
     real = torch.where(mask, ref - inputs["ref_per_token_logps"], 0.0)
     assert real.abs().max() < 1e-4
     trainer.model.zero_grad()
-    theirs = trainer._compute_loss(trainer.model, inputs | {"old_per_token_logps": old})
+    theirs = trainer._compute_loss(trainer.model, {**inputs, "old_per_token_logps": old})
     theirs.backward()
     new = logprobs(policy)
-    advantages, _ = grpo.group_advantages(scores, 8, "none")
+    advantages = grpo.group_advantages(scores, 8, "none")
     weights = grpo.token_weights(mask, "grpo")
     ours, _ = grpo.grpo_loss(new, old, advantages, mask, weights, "grpo", 0.2, 0.2)
-    ours = ours + bench.BETA * grpo.kl_loss(new, old, ref, mask, weights, "k3-unbiased")
+    ours = ours + grpo.Args.kl_coef * kl_loss(new, old, ref, mask, weights, "k3-iw")
     ours.backward()
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
     got = trainer.model.transformer.h[0].attn.c_attn.weight.grad.T
@@ -266,18 +307,19 @@ def test_grpo_from_sampling_to_gradient(trainers, monkeypatch):
 
 # ---------------------------------------------------------------- RLOO
 def test_rloo(trainers, monkeypatch):
-    """Equal gradients but for the KL: TRL takes that of the whole response off every token's
-    advantage, ours only that still to come; what was paid before has expectation 0."""
+    """Equal gradients but for the KL: TRL charges every token for the KL of the whole response, we
+    only for the KL from there on. What was paid before has expectation 0."""
     trainer, _ = trainers("rloo")
-    rows, beta = trainer._train_batch_size, 0.3
+    rows = trainer._train_batch_size
+    beta = 0.3
     scores = torch.rand(rows, dtype=torch.float64)
-    old, ref = float64(rows, 3) - 2, float64(rows, 3) - 2
+    old = float64(rows, 3) - 2
+    ref = float64(rows, 3) - 2
     found = iter([(old, None, None), (ref, None, None)])
     monkeypatch.setattr(trainer, "beta", beta)
     monkeypatch.setattr(trainer, "_calculate_rewards", lambda *_: scores[:, None])
     monkeypatch.setattr(trainer, "reward_weights", torch.ones(1, dtype=torch.float64))
-    give = lambda *_, **__: next(found)  # noqa: E731
-    monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", give)
+    monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", lambda *_, **__: next(found))
     responses = reinforce.generate(random_gpt(), torch.zeros(rows, 3, dtype=torch.long), 1.0)
     mask = reinforce.response_mask(responses)
     lists = [y[real].tolist() for y, real in zip(responses, mask, strict=True)]
@@ -287,7 +329,7 @@ def test_rloo(trainers, monkeypatch):
     rewards = reinforce.token_rewards(scores, old - ref, mask, beta)
     returns = reinforce.returns_to_go(rewards, mask, 1.0)
     totals = returns[:, 0]
-    baseline = reinforce.mean_of_others(totals, 8)
+    baseline = reinforce.leave_one_out_mean(totals, 8)
     torch.testing.assert_close(inputs["advantages"], totals - baseline, rtol=0, atol=1e-10)
 
     new = old.clone().requires_grad_()
@@ -299,11 +341,9 @@ def test_rloo(trainers, monkeypatch):
     assert abs(theirs + whole[:, 0].mean()) < 1e-10  # its value: the ratio is 1, so minus the mean
 
     paid_before = torch.where(mask, returns - totals[:, None], 0.0)
-    left = reinforce.reinforce_loss(new, returns - baseline[:, None], mask)
-    rest = reinforce.reinforce_loss(new, paid_before, mask)
-    torch.testing.assert_close(
-        gradient(left - rest, new), gradient(theirs, new), rtol=0, atol=1e-10
-    )
+    ours = reinforce.reinforce_loss(new, returns - baseline[:, None], mask)
+    ours = ours - reinforce.reinforce_loss(new, paid_before, mask)
+    torch.testing.assert_close(gradient(ours, new), gradient(theirs, new), rtol=0, atol=1e-10)
 
 
 # ---------------------------------------------------------------- DPO
@@ -325,9 +365,13 @@ def their_dpo(trainer, new, ref, mask, loss_type, monkeypatch, **settings):
 
         return forward
 
-    known = {"loss_types": [loss_type], "loss_weights": [1.0], "precompute_ref_logps": False}
-    known |= {"ref_model": model(ref)}
-    for name, value in (known | settings).items():
+    defaults = {
+        "loss_types": [loss_type],
+        "loss_weights": [1.0],
+        "precompute_ref_logps": False,
+        "ref_model": model(ref),
+    }
+    for name, value in {**defaults, **settings}.items():
         monkeypatch.setattr(trainer, name, value, raising=False)
     inputs = {"input_ids": torch.zeros(mask.shape, dtype=torch.long), "completion_mask": mask}
     inputs["attention_mask"] = torch.ones_like(mask)
@@ -336,13 +380,19 @@ def their_dpo(trainer, new, ref, mask, loss_type, monkeypatch, **settings):
 
 def dpo_batch(rows=12):
     mask = torch.cat([ragged(rows), ragged(rows).flip(0)])
-    new, ref = float64(2 * rows, LONGEST) - 2, float64(2 * rows, LONGEST) - 2
+    new = float64(2 * rows, LONGEST) - 2
+    ref = float64(2 * rows, LONGEST) - 2
     return new.requires_grad_(), ref, mask
 
 
-def our_dpo(new, ref, mask, *how, length_normalize=False):
-    sums = [dpo.response_logprobs(x, mask, length_normalize).view(2, -1) for x in (new, ref)]
-    return dpo.dpo_loss(*sums, torch.zeros(len(mask) // 2, dtype=torch.bool), *how)[0]
+def our_dpo(new, ref, mask, beta, loss_type, label_smoothing=0.0, length_normalize=False):
+    logratios = dpo.masked_sum(new - ref, mask)  # (2B,)
+    if length_normalize:
+        logratios = logratios / mask.sum(1)
+    chosen, rejected = logratios.chunk(2)
+    ties = torch.zeros(len(chosen), dtype=torch.bool)
+    loss, _ = dpo.dpo_loss(chosen, rejected, ties, beta, loss_type, label_smoothing)
+    return loss
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "robust"])
@@ -351,8 +401,8 @@ def test_dpo(trainers, monkeypatch, loss_type):
     new, ref, mask = dpo_batch()
     settings = {"beta": 0.3, "label_smoothing": 0.15 if loss_type == "robust" else 0.0}
     theirs = their_dpo(trainer, new, ref, mask, loss_type, monkeypatch, **settings)
-    how = 0.3, loss_type, settings["label_smoothing"]
-    assert_same(our_dpo(new, ref, mask, *how), theirs, new)
+    ours = our_dpo(new, ref, mask, 0.3, loss_type, settings["label_smoothing"])
+    assert_same(ours, theirs, new)
 
 
 def test_ipo_is_of_means_over_tokens_in_trl(trainers, monkeypatch):
@@ -383,13 +433,11 @@ def test_smoothed_sigmoid_is_silently_not_smoothed_in_trl(trainers, monkeypatch)
     assert abs(our_dpo(new, ref, mask, 0.3, "sigmoid", 0.0) - theirs) < 1e-10
     assert abs(our_dpo(new, ref, mask, 0.3, "sigmoid", 0.15) - theirs) > 1e-2
     rows = len(mask) // 2
-    each = [
-        their_dpo(
-            trainer, *(x[[i, rows + i]] for x in (new, ref, mask)), "aot", monkeypatch, **settings
-        )
-        for i in range(rows)
-    ]
-    assert_same(our_dpo(new, ref, mask, 0.3, "sigmoid", 0.15), sum(each) / rows, new)
+    losses = []
+    for i in range(rows):
+        pair = [x[[i, rows + i]] for x in (new, ref, mask)]
+        losses.append(their_dpo(trainer, *pair, "aot", monkeypatch, **settings))
+    assert_same(our_dpo(new, ref, mask, 0.3, "sigmoid", 0.15), sum(losses) / rows, new)
 
 
 def test_dpo_from_tokens_to_loss(trainers, monkeypatch):
@@ -398,25 +446,28 @@ def test_dpo_from_tokens_to_loss(trainers, monkeypatch):
     policy = random_gpt()
     before = {name: w.clone() for name, w in trainer.model.state_dict().items()}
     trainer.model.load_state_dict(bench.to_gpt2(policy).state_dict())
-    prompts = grpo.make_prompts()[0][:16]
-    pairs = [reinforce.generate(reference, prompts, 1.0) for _ in range(2)]
-    masks = [grpo.response_mask(y) for y in pairs]
-    assert len({tuple(m.sum(1).tolist()) for m in masks}) == 2
-    names = "chosen_ids", "rejected_ids"
-    examples = [{"prompt_ids": x} for x in prompts.tolist()]
-    for name, side, mask in zip(names, pairs, masks, strict=True):
-        for example, y, real in zip(examples, side, mask, strict=True):
-            example[name] = y[real].tolist()
+    prompts = grpo.make_prompts("cpu")[0][:16]
+    chosen = reinforce.generate(reference, prompts, 1.0)
+    rejected = reinforce.generate(reference, prompts, 1.0)
+    lengths = [grpo.response_mask(y).sum(1).tolist() for y in (chosen, rejected)]
+    assert lengths[0] != lengths[1]
+    examples = []
+    for x, w, y in zip(
+        prompts.tolist(),
+        bench.without_padding(chosen.tolist()),
+        bench.without_padding(rejected.tolist()),
+        strict=True,
+    ):
+        examples.append({"prompt_ids": x, "chosen_ids": w, "rejected_ids": y})
     batch = trainer.data_collator(examples)
     monkeypatch.setattr(trainer, "precompute_ref_logps", False)
     monkeypatch.setattr(trainer, "ref_model", with_head(bench.to_gpt2(reference)))
     theirs = trainer._compute_loss(trainer.model, batch, False)
-    x, y = torch.cat([prompts, prompts]), torch.cat(pairs)
-    logprobs = [
-        grpo.token_logprobs(gpt.head(grpo.response_states(gpt, x, y)), y)
-        for gpt in (policy, reference)
-    ]
-    ours = our_dpo(*logprobs, torch.cat(masks), dpo.Args.beta)
+    new = dpo.pair_logprobs(policy, prompts, chosen, rejected, False)
+    ref = dpo.pair_logprobs(reference, prompts, chosen, rejected, False)
+    ties = torch.zeros(16, dtype=torch.bool)
+    beta = dpo.Args.beta
+    ours, _ = dpo.dpo_loss(new[0] - ref[0], new[1] - ref[1], ties, beta, "sigmoid", 0.0)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     trainer.model.load_state_dict(before)
 
@@ -433,7 +484,10 @@ def with_head(model):
 def test_reward_loss(trainers):
     trainer, _ = trainers("reward")
     scores = float64(24).requires_grad_()
-    model = lambda **_: SimpleNamespace(logits=scores[:, None])  # noqa: E731
+
+    def model(**_):
+        return SimpleNamespace(logits=scores[:, None])
+
     theirs = trainer.compute_loss(model, {"attention_mask": torch.ones(24, 6)})
     ties = torch.zeros(12, dtype=torch.bool)
     ours, _ = reward_model.preference_loss(*scores.chunk(2), ties)
@@ -443,12 +497,16 @@ def test_reward_loss(trainers):
 def test_reward_is_read_at_eos_if_padding_is_another_token(trainers):
     trainer, _ = trainers("reward")
     gpt = bench.from_gpt2(trainer.model)
-    prompts = grpo.make_prompts()[0][:16]
-    y = reinforce.generate(random_gpt(), prompts, 1.0)
+    prompts = grpo.make_prompts("cpu")[0][:16]
+    policy = random_gpt()
+    policy.head.bias.data[EOS] = 2.0  # so that lengths differ
+    y = reinforce.generate(policy, prompts, 1.0)
     mask = grpo.response_mask(y)
     assert len(set(mask.sum(1).tolist())) > 1
-    lists = [x + r[real].tolist() for x, r, real in zip(prompts.tolist(), y, mask, strict=True)]
-    batch = trainer.data_collator([{"chosen_ids": x, "rejected_ids": x} for x in lists])
+    texts = []
+    for prompt, response in zip(prompts.tolist(), bench.without_padding(y.tolist()), strict=True):
+        texts.append(prompt + response)
+    batch = trainer.data_collator([{"chosen_ids": x, "rejected_ids": x} for x in texts])
     with torch.no_grad():
         theirs = trainer.model(**batch).logits.flatten()[:16]
         ours = reward_model.response_scores(gpt, prompts, y)
@@ -475,31 +533,22 @@ def test_gpt2_of_our_weights_has_our_logits():
 
 
 def test_rewards_are_the_tasks():
-    prompts = grpo.make_prompts()[0][:20]
-    responses = grpo.all_responses()
-    lists = [
-        y[real].tolist() for y, real in zip(responses, grpo.response_mask(responses), strict=True)
-    ]
-    for prompt in prompts:
-        ours = grpo.reward(prompt.expand(len(responses), 3), responses).tolist()
-        assert bench.right_answers(lists, [prompt.sum().item()] * len(lists)) == ours
+    targets = grpo.make_prompts("cpu")[1]
+    responses = exact.all_responses()
+    unpadded = bench.without_padding(responses.tolist())
+    for target in targets[:20]:
+        ours = grpo.reward(target.expand(len(responses)), responses).tolist()
+        assert bench.correct_answers(unpadded, [target.item()] * len(unpadded)) == ours
 
 
 def test_pairs_file_is_read_back(tmp_path):
-    pairs = bench.draw_pairs(random_gpt(), 20, 4, 0.5, seed=3)
-    assert 0 < len(pairs[0]) <= 20 * 6
+    pairs = bench.sample_pairs(random_gpt(), 100, 0.5, seed=3)
+    assert 50 < len(pairs[0]) <= 100
     bench.write_pairs(pairs, tmp_path / "pairs.jsonl")
-    columns = dpo.read_preferences(tmp_path / "pairs.jsonl")
-    assert tuple(column.tolist() for column in columns[:3]) == pairs and not columns[3].any()
-
-
-def test_mixed_pairs_are_the_same_pairs():
-    start = random_gpt()
-    apart, mixed = (bench.make_job("dpo", 1, start, 2, mixed=m) for m in (False, True))
-    apart, mixed = (list(map(str, zip(*job.pairs, strict=True))) for job in (apart, mixed))
-    assert apart != mixed and sorted(apart) == sorted(mixed)
-    follows = [sum(a[:9] == b[:9] for a, b in itertools.pairwise(x)) for x in (apart, mixed)]
-    assert follows[0] > 0.9 * len(apart) and follows[1] < 0.2 * len(mixed)
+    _, _, test_prompts, _ = dpo.make_prompts("cpu")
+    columns = dpo.read_preferences(tmp_path / "pairs.jsonl", test_prompts)
+    assert tuple(column.tolist() for column in columns[:3]) == pairs
+    assert not columns[3].any()
 
 
 def test_the_clock_leaves_out_what_is_looked_at():
@@ -514,10 +563,11 @@ def test_the_clock_leaves_out_what_is_looked_at():
 
 
 def test_speed_is_of_all_rollouts_but_the_first():
-    job = bench.Job("grpo", 1, 1e-3, bench.BATCH // 4, rollouts=3)
+    job = bench.Job("grpo", 1, bench.BATCH_SIZE // 4, num_rollouts=3)
     clock = bench.Clock()
-    clock.times = [10.0, 11, 12, 13, 17, 18, 19, 20, 24, 25, 26, 27]  # 4 s to sample, then 1 a step
-    assert clock.rate(job) == pytest.approx(2 * bench.BATCH / 14)
-    job = bench.Job("dpo", 1, 1e-3, 2, pairs=([0] * 10, [0] * 10, [0] * 10), epochs=2)
+    # 4 s to sample, then 1 s per step
+    clock.times = [10.0, 11, 12, 13, 17, 18, 19, 20, 24, 25, 26, 27]
+    assert clock.units_per_second(job) == pytest.approx(2 * bench.BATCH_SIZE / 14)
+    job = bench.Job("dpo", 1, 2, pairs=([0] * 10, [0] * 10, [0] * 10), epochs=2)
     clock.times = [float(t) for t in range(10)]
-    assert clock.rate(job) == pytest.approx(2.0)
+    assert clock.units_per_second(job) == pytest.approx(2.0)
