@@ -87,7 +87,8 @@ def check_args(args):
         (0 < args.learning_rate < 1, f"--learning-rate {args.learning_rate} must be in (0, 1)"),
         (0 < args.max_grad_norm < 1e6, f"--max-grad-norm {args.max_grad_norm} must be positive"),
         (args.rounds >= 1, f"--rounds {args.rounds} must be at least 1"),
-        (args.num_pairs >= args.rounds, "--num-pairs must be at least --rounds"),
+        (args.num_pairs >= 1, f"--num-pairs {args.num_pairs} must be at least 1"),
+        (args.num_pairs % max(args.rounds, 1) == 0, "--rounds must divide --num-pairs"),
         (
             0 < args.annotator_temperature < 1e6,
             f"--annotator-temperature {args.annotator_temperature} must be positive",
@@ -478,23 +479,32 @@ def main(args):
         if len(prompts) == 0:
             sys.exit(f"error: round {round_number}: all sampled pairs were of identical responses")
 
-        # 2. Update: several epochs of minibatch steps.
-        step = 0
-        steps = []  # the metrics of each gradient step since the last log
-        num_steps = args.epochs * math.ceil(len(prompts) / args.minibatch_size)
+        # 2. Update: several epochs of minibatch steps. The learning rate is that of a run whose
+        # other rounds have as many steps as this one.
+        steps_per_round = args.epochs * math.ceil(len(prompts) / args.minibatch_size)
+        num_steps = args.rounds * steps_per_round
         warmup = max(1, num_steps // 10)
+        step = (round_number - 1) * steps_per_round
+        steps = []  # the metrics of each gradient step since the last log
         for _ in range(args.epochs):
             for rows in torch.randperm(len(prompts), device=device).split(args.minibatch_size):
-                # Linear warmup over the first 10% of the round, then linear decay to 0.
+                # Linear warmup over the first 10% of training, then linear decay to 0.
                 step += 1
                 decay = (num_steps - step + 1) / (num_steps - warmup + 1)
                 learning_rate = args.learning_rate * min(step / warmup, decay)
                 optimizer.param_groups[0]["lr"] = learning_rate
 
-                pairs = prompts[rows], chosen[rows], rejected[rows], args.length_normalize
-                chosen_logprobs, rejected_logprobs = pair_logprobs(policy, *pairs)
+                chosen_logprobs, rejected_logprobs = pair_logprobs(
+                    policy, prompts[rows], chosen[rows], rejected[rows], args.length_normalize
+                )
                 with torch.no_grad():
-                    ref_chosen_logprobs, ref_rejected_logprobs = pair_logprobs(reference, *pairs)
+                    ref_chosen_logprobs, ref_rejected_logprobs = pair_logprobs(
+                        reference,
+                        prompts[rows],
+                        chosen[rows],
+                        rejected[rows],
+                        args.length_normalize,
+                    )
                 loss, metrics = dpo_loss(
                     chosen_logprobs - ref_chosen_logprobs,
                     rejected_logprobs - ref_rejected_logprobs,
@@ -515,17 +525,16 @@ def main(args):
                 steps.append(metrics)
                 pairs_seen += len(rows)
 
-                # 3. Log, about twenty times.
-                if step % max(1, num_steps * args.rounds // 20) != 0 and step < num_steps:
+                # 3. Log, about twenty times: means over the steps since the last log.
+                if step % math.ceil(num_steps / 20) != 0 and step < num_steps:
                     continue
                 if not grad_norm.isfinite():
                     sys.exit(f"error: gradient not finite in step {step}; lower --learning-rate")
                 seconds = time.time() - loop_start_time
-                progress = (round_number - 1 + step / num_steps) / args.rounds
-                seconds_left = seconds * (1 - progress) / progress
+                seconds_left = seconds * (num_steps - step) / step
                 means = {}
                 for name in metrics:
-                    means[name] = torch.stack([step_metrics[name] for step_metrics in steps]).mean()
+                    means[name] = torch.stack([step_means[name] for step_means in steps]).mean()
                 steps = []
                 if writer:
                     for name in means:

@@ -314,3 +314,20 @@ def kl_penalty(logprob, old_logprob, ref_logprob, kind):
     if kind == "k3":
         return k3
     return math.e ** (logprob - old_logprob) * k3
+
+
+def log_sigmoid(x):
+    return -math.log(1 + math.exp(-x))
+
+
+def dpo_pair_loss(h, beta, loss_type, epsilon):
+    """The papers' losses of one preference pair: h is the log-ratio of chosen minus rejected."""
+    if loss_type == "ipo":
+        return (h - 0.5 / beta) ** 2
+    if loss_type == "hinge":
+        return max(0.0, 1 - beta * h)
+    agrees = -log_sigmoid(beta * h)
+    disagrees = -log_sigmoid(-beta * h)
+    if loss_type == "robust":
+        return ((1 - epsilon) * agrees - epsilon * disagrees) / (1 - 2 * epsilon)
+    return (1 - epsilon) * agrees + epsilon * disagrees
