@@ -481,9 +481,7 @@ def train(args, folder, verbose):
 
         # 3. Update: one gradient step.
         if not loss.isfinite():
-            sys.exit(
-                f"error: {args.method}: loss not finite in epoch {epoch}; lower --learning-rate"
-            )
+            sys.exit(f"error: loss of {args.method} not finite in epoch {epoch}")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,7 +1,7 @@
 """digits_sum20.py against float64 loops and enumerations that share no code with it."""
 
 import contextlib
-import io
+import dataclasses
 import itertools
 import math
 import os
@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 
 import programs
@@ -18,42 +19,99 @@ import pytest
 import torch
 import torch.nn.functional as F
 import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import digits_sum20 as digits
 
-REWARDS = {  # of one sum, in plain Python
-    "exact": lambda total: float(total == 20),
-    "distance": lambda total: max(0.0, 1 - abs(total - 20) / 10),
-    "sharp": lambda total: math.exp(-abs(total - 20) / 2),
-    "square": lambda total: 1 - ((total - 20) / 10) ** 2,
+ROOT = Path(__file__).parent.parent
+REWARDS = ["exact", "distance", "sharp", "square"]
+
+# A value of each flag that only some rows read; none of them is a row's own value.
+VALUES = {
+    "learning_rate": 0.02,
+    "learning_rate_final": 0.01,
+    "weight_decay": 0.1,
+    "reward": "distance",
+    "ent_coef": 0.5,
+    "ent_coef_final": 0.5,
+    "baseline": "none",
+    "samples_per_prompt": 3,
+    "sft_fraction": 0.5,
+    "sl_coef": 0.5,
+    "sl_coef_final": 0.5,
 }
 
 
+def start_program(folder, words, script=ROOT / "digits_sum20.py"):
+    """Start the command, on an output that can only show ASCII."""
+    command = [sys.executable, str(script), *words.split()]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=env, start_new_session=True, **pipes)
+
+
+def end_program(process):
+    """End a program with all its processes, if it is still going."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
 @pytest.fixture(scope="module", autouse=True)
-def three_runs(tmp_path_factory):
+def started(tmp_path_factory):
+    """Two programs that run beside the tests: (process, folder) by name."""
+    found = {}
+    folder = tmp_path_factory.mktemp("three")
     words = "--no-tensorboard --method rl --epochs 20 --num-seeds 3"
-    yield from programs.start(f"digits_sum20.py {words}", tmp_path_factory.mktemp("program"))
+    found["three runs"] = (start_program(folder, words), folder)
+
+    # A reward that is not a number, as somebody's own reward may be.
+    folder = tmp_path_factory.mktemp("broken")
+    source = (ROOT / "digits_sum20.py").read_text(encoding="utf-8")
+    broken = source.replace("return (-distance / 2).exp()", "return distance * float('nan')")
+    assert broken != source
+    script = folder / "broken.py"
+    script.write_text(broken, encoding="utf-8")
+    words = "--no-tensorboard --method rl-sharp --epochs 50 --num-seeds 2"
+    found["broken"] = (start_program(folder, words, script), folder)
+    yield found
+    for process, _ in found.values():
+        end_program(process)
 
 
 @pytest.fixture(autouse=True)
-def one_thread(tmp_path, monkeypatch):
+def empty_folder(tmp_path, monkeypatch):
     """Tests run in an empty folder and leave the number of threads as it was."""
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-def answers_to(prompt):
-    """The right answers to a prompt, as numbers from 0 to 99."""
-    return [a for a in range(100) if sum(prompt) + a // 10 + a % 10 == 20]
+def expected_reward(total, kind):
+    """The reward of a sum of five digits, in plain Python."""
+    distance = abs(total - 20)
+    if kind == "exact":
+        return 1.0 if distance == 0 else 0.0
+    if kind == "distance":
+        return max(0.0, 1 - distance / 10)
+    if kind == "sharp":
+        return math.exp(-distance / 2)
+    return 1 - distance * distance / 100
 
 
-def some_prompts():
-    """Five prompts with 1, 10, 6, 2 and 9 right answers, and logits for them in float64."""
+def total_of(prompt, answer):
+    return sum(prompt) + answer // 10 + answer % 10
+
+
+def correct_answers(prompt):
+    return [answer for answer in range(100) if total_of(prompt, answer) == 20]
+
+
+def few_prompts():
+    """Five prompts with 1, 10, 6, 2 and 9 correct answers, and logits (5, 100) in float64."""
     prompts = [[9, 9, 2], [3, 5, 3], [9, 3, 3], [1, 2, 0], [0, 6, 4]]
-    assert [len(answers_to(prompt)) for prompt in prompts] == [1, 10, 6, 2, 9]
+    assert [len(correct_answers(prompt)) for prompt in prompts] == [1, 10, 6, 2, 9]
     logits = torch.randn(5, 100, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     return prompts, logits.requires_grad_()
 
@@ -62,52 +120,105 @@ def gradient(loss, logits):
     return torch.autograd.grad(loss, logits)[0]
 
 
-def rl_loss(logits, *samples):
-    logprobs = logits.log_softmax(1)
-    credit = digits.rl_credit(logits.detach(), logprobs.detach().exp(), *samples)
-    return -(credit * logprobs).sum()
+def assert_same_gradient(found, expected):
+    assert (found - expected).abs().max() < 1e-6 * expected.abs().max()
 
 
 def flags(method, **given):
     return digits.Args(method=method, tensorboard=False, **given)
 
 
+def job(method, seed=1, **given):
+    return digits.row_args(flags(method, **given), method, seed)
+
+
 def results(method, epochs, seed=1, **given):
+    """What main returns for one row, without the name of the row."""
     means = digits.main(flags(method, epochs=epochs, seed=seed, **given))
-    return {name.removeprefix(method + "/"): value for name, value in means.items()}
+    return {name.removeprefix(f"{method}/"): value for name, value in means.items()}
 
 
-def trained(method, epochs=20, **given):
-    """Weights after a few epochs, as one vector."""
-    args = flags(method, epochs=epochs, **given)
-    torch.manual_seed(args.seed)
-    model = digits.make_model(args.hidden_dim)
-    knobs = digits.choose_knobs(args, method)
-    for _ in digits.train(model, digits.split_prompts()[0], knobs, epochs):
-        pass
+def flatten(model):
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
-# ---------------------------------------------------------------- The task
+def keep_models(monkeypatch):
+    """The list that every model is put in, with a copy of its first weights."""
+    models = []
+    make_model = digits.make_model
+
+    def make(hidden_dim):
+        model = make_model(hidden_dim)
+        models.append((model, flatten(model)))
+        return model
+
+    monkeypatch.setattr(digits, "make_model", make)
+    return models
 
 
+def weights_after(method, epochs=20, seed=1, **given):
+    """The weights after training, as one vector."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        models = keep_models(monkeypatch)
+        digits.train(job(method, seed, epochs=epochs, **given), None, False)
+    ((model, _),) = models
+    return flatten(model)
+
+
+# ---------------------------------------------------------------------------- Task
 def test_prompts_are_split_and_complete():
-    train, held_out = (list(map(tuple, prompts.tolist())) for prompts in digits.split_prompts())
-    solvable = [p for p in itertools.product(range(10), repeat=3) if answers_to(p)]
-    assert len(train) == 729 and len(held_out) == 183
-    assert not set(train) & set(held_out)
-    assert sorted(train + held_out) == solvable
+    train, test = digits.split_prompts()
+    train = [tuple(prompt) for prompt in train.tolist()]
+    test = [tuple(prompt) for prompt in test.tolist()]
+    every = itertools.product(range(10), repeat=3)
+    assert len(train) == 729 and len(test) == 183
+    assert sorted(train + test) == [prompt for prompt in every if correct_answers(prompt)]
+
+
+def test_split_is_that_of_the_post():
+    """Made as the post makes it; the losses that it printed for the first step of SL come out."""
+    data = []
+    for prompt in itertools.product(range(10), repeat=3):
+        for answer in correct_answers(prompt):
+            data.append([*prompt, answer // 10, answer % 10])
+    assert len(data) == 5631
+    random.seed(-1)
+    inputs = list({(d1, d2, d3) for d1, d2, d3, *_ in data})
+    random.shuffle(inputs)
+    train, test = digits.split_prompts()
+    assert [tuple(prompt) for prompt in train.tolist()] == inputs[: int(0.8 * 912)]
+    assert [tuple(prompt) for prompt in test.tolist()] == inputs[int(0.8 * 912) :]
+    torch.manual_seed(-1)
+    model = digits.make_model(64)
+    before = digits.measure(model, train)["cross_entropy"]
+    digits.pretrain(model, digits.one_hot(train), digits.answer_sums(train) == 20, 1)
+    after = digits.measure(model, test)["cross_entropy"]
+    assert before == pytest.approx(4.6133, abs=1e-4)
+    assert after == pytest.approx(4.6015, abs=2e-4)
+
+
+def test_seed_does_not_move_the_split():
+    before = digits.split_prompts()
+    random.seed(5)
+    torch.manual_seed(5)
+    after = digits.split_prompts()
+    assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
 
 
 def test_held_out_prompts_are_never_trained_on(monkeypatch):
-    """Whatever the row, only training prompts go through the network with a gradient."""
-    train, held_out = (digits.one_hot(prompts) for prompts in digits.split_prompts())
-    train, held_out = ({tuple(row) for row in prompts.tolist()} for prompts in (train, held_out))
-    make_model, seen = digits.make_model, []
+    """In every row, only training prompts go through the network with a gradient."""
+    train, test = digits.split_prompts()
+    train = {tuple(row) for row in digits.one_hot(train).tolist()}
+    test = {tuple(row) for row in digits.one_hot(test).tolist()}
+    seen = []
+    make_model = digits.make_model
+
+    def watch(_, inputs):
+        if torch.is_grad_enabled():
+            seen.append(inputs[0])
 
     def watched_model(hidden_dim):
         model = make_model(hidden_dim)
-        watch = lambda _, inputs: seen.append(inputs[0]) if torch.is_grad_enabled() else None  # noqa: E731
         model.register_forward_pre_hook(watch)
         return model
 
@@ -115,294 +226,378 @@ def test_held_out_prompts_are_never_trained_on(monkeypatch):
     for method in digits.METHODS:
         seen.clear()
         results(method, 10)
-        assert len(seen) == 10
+        assert len(seen) == 10  # one gradient step per epoch, SL before RL included
         trained_on = {tuple(row) for row in torch.cat(seen).tolist()}
-        assert trained_on == train and not trained_on & held_out, method
-
-
-def test_split_is_that_of_the_post():
-    """Made as the post makes it; the losses that it printed for the first step of SL come out."""
-    random.seed(-1)
-    inputs = list({p for p in itertools.product(range(10), repeat=3) if answers_to(p)})
-    random.shuffle(inputs)
-    train, held_out = digits.split_prompts()
-    assert set(map(tuple, train.tolist())) == set(inputs[:729])
-    torch.manual_seed(-1)
-    model = digits.make_model(64)
-    steps = digits.train(model, train, digits.METHODS["sl"], 10_000)
-    before = digits.measure(model, train)["cross_entropy"]
-    next(steps)
-    after = digits.measure(model, held_out)["cross_entropy"]
-    assert (before, after) == pytest.approx((4.6133, 4.6015), abs=1e-4)
-
-
-def test_seed_does_not_move_the_split():
-    before = digits.split_prompts()
-    random.seed(5), torch.manual_seed(5)
-    assert all(map(torch.equal, before, digits.split_prompts()))
+        assert trained_on == train and not trained_on & test, method
 
 
 def test_answer_sums_and_inputs():
-    prompts, _ = some_prompts()
-    sums = digits.answer_sums(torch.tensor(prompts))
-    assert sums.tolist() == [[sum(p) + a // 10 + a % 10 for a in range(100)] for p in prompts]
+    prompts, _ = few_prompts()
+    sums = digits.answer_sums(torch.tensor(prompts)).tolist()
+    for i, prompt in enumerate(prompts):
+        assert sums[i] == [total_of(prompt, answer) for answer in range(100)]
     inputs = digits.one_hot(torch.tensor(prompts))
     assert inputs.shape == (5, 30) and inputs.sum() == 15
     for row, prompt in zip(inputs, prompts, strict=True):
-        assert row.nonzero().squeeze(1).tolist() == [10 * i + d for i, d in enumerate(prompt)]
+        ones = row.nonzero().squeeze(1).tolist()
+        assert ones == [10 * place + digit for place, digit in enumerate(prompt)]
 
 
 @pytest.mark.parametrize("kind", REWARDS)
-def test_rewards(kind):
-    sums = torch.arange(2, 46)
-    expected = torch.tensor([REWARDS[kind](total) for total in range(2, 46)])
-    torch.testing.assert_close(digits.reward_table(sums, kind), expected)
+def test_reward_of_every_sum(kind):
+    """Of sums that no prompt can reach too: however far off, only the square is below 0."""
+    sums = torch.arange(-40, 80)
+    expected = torch.tensor([expected_reward(total, kind) for total in range(-40, 80)])
+    found = digits.shaped_reward(sums, kind)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
+    assert (found.min() < 0) == (kind == "square")
 
 
 def test_rewards_as_printed_in_the_post():
     sums = torch.tensor([20, 19, 21, 15, 25, 10, 30])
     distance = torch.tensor([1, 0.9, 0.9, 0.5, 0.5, 0, 0])
     sharp = torch.tensor([1, 0.61, 0.61, 0.08, 0.08, 0.007, 0.007])
-    torch.testing.assert_close(digits.reward_table(sums, "distance"), distance)
-    torch.testing.assert_close(digits.reward_table(sums, "sharp"), sharp, atol=0.005, rtol=0)
+    torch.testing.assert_close(digits.shaped_reward(sums, "distance"), distance)
+    torch.testing.assert_close(digits.shaped_reward(sums, "sharp"), sharp, atol=0.005, rtol=0)
 
 
-# ---------------------------------------------------------------- The losses
+def test_rewards_as_printed_in_the_docstring():
+    """Each row of the table, cut off after the digits that it shows."""
+    table = re.findall(r"^ +(distance from 20|\w+)((?: +-?[\d.]+)+)$", docstring(), re.M)
+    (_, misses), *rows = table
+    assert [name for name, _ in rows] == REWARDS
+    for name, shown in rows:
+        for miss, text in zip(misses.split(), shown.split(), strict=True):
+            places = len(text.partition(".")[2])
+            reward = expected_reward(20 + int(miss), name)
+            assert float(text) == pytest.approx(reward, abs=0.51 * 10**-places), (name, miss)
 
 
-def test_logit_gradient_is_that_of_the_loss():
-    torch.manual_seed(0)
-    logits, credit = torch.randn(2, 7, 100, dtype=torch.float64).unbind()  # credit of any sum
-    loss = -(credit * logits.requires_grad_().log_softmax(1)).sum()
-    found = digits.logit_gradient(credit, logits.detach().softmax(1))
-    torch.testing.assert_close(found, gradient(loss, logits), rtol=0, atol=1e-12)
+def docstring():
+    return digits.shaped_reward.__doc__
 
 
-def test_sl_loss_is_cross_entropy_over_all_rows():
+# ---------------------------------------------------------------------------- Losses
+def test_sl_loss_is_cross_entropy_over_all_examples():
     train, _ = digits.split_prompts()
-    rows = [(i, a) for i, prompt in enumerate(train.tolist()) for a in answers_to(prompt)]
+    examples = []
+    for i, prompt in enumerate(train.tolist()):
+        for answer in correct_answers(prompt):
+            examples.append((i, answer))
     logits = torch.randn(729, 100, dtype=torch.float64, requires_grad=True)
-    index, labels = torch.tensor(rows).T
+    index, labels = torch.tensor(examples).T
     expected = F.cross_entropy(logits[index], labels)
 
-    valid = digits.answer_sums(train) == 20
-    loss = -(valid / valid.sum() * logits.log_softmax(1)).sum()
-    assert len(rows) == valid.sum() == 4504
-    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
-    exact = gradient(expected, logits)
-    assert (gradient(loss, logits) - exact).abs().max() < 1e-6 * exact.abs().max()
+    correct = digits.answer_sums(train) == 20
+    loss = digits.sl_loss(logits.log_softmax(1), correct)
+    assert len(examples) == correct.sum() == 4504
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
+    assert_same_gradient(gradient(loss, logits), gradient(expected, logits))
 
 
-def expected_post_gradient(prompts, logits, rows, kind, ent_coef):
-    """Gradient in expectation of the post's loss: one sampled answer a row, all 100 enumerated."""
+def expected_post_gradient(prompts, logits, counts, kind, ent_coef):
+    """The expected gradient of the post's loss, with every answer enumerated.
+
+    A prompt has so many examples as counts says, and an example has one sampled answer.
+    """
     loss = 0.0
-    for prompt, n, row in zip(prompts, rows, logits, strict=True):
-        logp = row - row.exp().sum().log()
-        for a in range(100):
-            reward = REWARDS[kind](sum(prompt) + a // 10 + a % 10)
-            loss = loss - n * logp[a].exp().detach() * reward * logp[a]
-            loss = loss + n * ent_coef * logp[a].exp() * logp[a]
-    return gradient(loss / sum(rows), logits)
+    for prompt, count, row in zip(prompts, counts, logits, strict=True):
+        logprobs = row - row.exp().sum().log()
+        for answer in range(100):
+            prob = logprobs[answer].exp()
+            reward = expected_reward(total_of(prompt, answer), kind)
+            loss = loss - count * prob.detach() * reward * logprobs[answer]
+            loss = loss + count * ent_coef * prob * logprobs[answer]
+    return gradient(loss / sum(counts), logits)
 
 
 @pytest.mark.parametrize("samples_per_prompt", [0, 3])
 @pytest.mark.parametrize("kind", REWARDS)
 def test_expected_rl_gradient_is_that_of_the_post(kind, samples_per_prompt):
-    prompts, logits = some_prompts()
+    prompts, logits = few_prompts()
     sums = digits.answer_sums(torch.tensor(prompts))
-    valid = sums == 20
-    weights = digits.sample_weights(valid, samples_per_prompt).double()
-    rewards = digits.reward_table(sums, kind).double()
-    probs, loss = logits.softmax(1).detach(), 0.0
-    for a in range(100):  # every sample answers a, with the probability that it does
-        actions = torch.full(weights.shape, a)
-        advantages = digits.compute_advantages(rewards.gather(1, actions), "none")
-        loss += rl_loss(logits, actions, advantages, weights * probs[:, a : a + 1], 0.15)
-    rows = [samples_per_prompt or len(answers_to(prompt)) for prompt in prompts]
-    expected = expected_post_gradient(prompts, logits, rows, kind, 0.15)
-    assert (gradient(loss, logits) - expected).abs().max() < 1e-6 * expected.abs().max()
+    weights = digits.sample_weights(sums == 20, samples_per_prompt).double()
+    reward_table = digits.shaped_reward(sums, kind).double()
+    logprobs = logits.log_softmax(1)
+    probs = logprobs.detach().exp()
+    loss = 0.0
+    for answer in range(100):  # every sample is this answer, with its probability
+        answers = torch.full(weights.shape, answer)
+        rewards = reward_table.gather(1, answers)
+        weights_of_answer = weights * probs[:, answer : answer + 1]
+        loss = loss + digits.rl_loss(logprobs, answers, rewards, weights_of_answer, 0.15)
+    counts = [samples_per_prompt] * 5
+    if samples_per_prompt == 0:
+        counts = [len(correct_answers(prompt)) for prompt in prompts]
+    expected = expected_post_gradient(prompts, logits, counts, kind, 0.15)
+    assert_same_gradient(gradient(loss, logits), expected)
 
 
-def test_rloo_leaves_the_expected_gradient_as_it_is():
-    """All 10,000 pairs of answers to one prompt, for every reward."""
-    prompts, logits = some_prompts()
-    for i, kind in enumerate(REWARDS):
-        prompt, row = prompts[i + 1 : i + 2], logits[i + 1 : i + 2]
-        rewards = digits.reward_table(digits.answer_sums(torch.tensor(prompt)), kind).double()
-        pairs = torch.cartesian_prod(torch.arange(100), torch.arange(100))  # (10000, 2)
-        advantages = digits.compute_advantages(rewards[0][pairs], "rloo")
-        share = row.softmax(1)[0].detach()[pairs].prod(1, keepdim=True).expand(-1, 2) / 2
-        loss = rl_loss(row.expand(10_000, 100), pairs, advantages, share, 0.15)
-        expected = expected_post_gradient(prompt, row, [1], kind, 0.15)
-        actual = gradient(loss, row)
-        assert (actual - expected).abs().max() < 1e-6 * expected.abs().max(), kind
+@pytest.mark.parametrize("kind", REWARDS)
+def test_leave_one_out_does_not_change_the_expected_gradient(kind):
+    """All 10,000 pairs of answers to one prompt."""
+    prompts, logits = few_prompts()
+    number = REWARDS.index(kind) + 1
+    prompt = prompts[number : number + 1]
+    row = logits[number : number + 1]
+    rewards = digits.shaped_reward(digits.answer_sums(torch.tensor(prompt)), kind).double()[0]
+    pairs = torch.cartesian_prod(torch.arange(100), torch.arange(100))  # (10000, 2)
+    advantages = digits.leave_one_out(rewards[pairs])
+    probs = row.softmax(1)[0].detach()
+    weights = (probs[pairs[:, 0]] * probs[pairs[:, 1]])[:, None].expand(-1, 2) / 2
+    logprobs = row.expand(10_000, 100).log_softmax(1)
+    loss = digits.rl_loss(logprobs, pairs, advantages, weights, 0.15)
+    expected = expected_post_gradient(prompt, row, [1], kind, 0.15)
+    assert_same_gradient(gradient(loss, row), expected)
 
 
 @pytest.mark.parametrize("baseline, samples_per_prompt", [("none", 0), ("none", 2), ("rloo", 2)])
-def test_baselines_leave_the_expected_gradient_as_it_is(baseline, samples_per_prompt):
-    """Every joint outcome of 3 or 4 samples, in a world of 4 answers to each of 2 prompts."""
-    valid = torch.tensor([[1, 0, 0, 0], [0, 1, 1, 0]]).bool()
-    weights = digits.sample_weights(valid, samples_per_prompt).double()
+def test_gradient_over_every_joint_outcome(baseline, samples_per_prompt):
+    """3 or 4 samples in a world of 4 answers to each of 2 prompts, against E[R] in closed form."""
+    correct = torch.tensor([[1, 0, 0, 0], [0, 1, 1, 0]]).bool()
+    weights = digits.sample_weights(correct, samples_per_prompt).double()
     torch.manual_seed(0)
     logits = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
     rewards = torch.randn(2, 4, dtype=torch.float64) - 1
-    probs, loss = logits.softmax(1).detach(), 0.0
+    logprobs = logits.log_softmax(1)
+    probs = logprobs.detach().exp()
+    loss = 0.0
     for outcome in itertools.product(range(4), repeat=weights.numel()):
-        actions = torch.tensor(outcome).view(weights.shape)
-        share = torch.where(weights > 0, probs.gather(1, actions), 1 / 4).prod()
-        sampled = torch.where(weights > 0, rewards.gather(1, actions), 1e6)  # unused: whatever
-        advantages = digits.compute_advantages(sampled, baseline)
-        loss += share * rl_loss(logits, actions, advantages, weights, 0.1)
-    # E[R] and entropy in closed form: their gradient is what the samples must have on average.
+        answers = torch.tensor(outcome).view(weights.shape)
+        used = weights > 0
+        probability = torch.where(used, probs.gather(1, answers), 1 / 4).prod()
+        # A sample that is not used may have any reward.
+        advantages = torch.where(used, rewards.gather(1, answers), 1e6)
+        if baseline == "rloo":
+            advantages = digits.leave_one_out(advantages)
+        loss = loss + probability * digits.rl_loss(logprobs, answers, advantages, weights, 0.1)
     policy = logits.softmax(1)
     value = weights.sum(1) @ (policy * (rewards - 0.1 * policy.log())).sum(1)
-    torch.testing.assert_close(
-        gradient(loss, logits), -gradient(value, logits), rtol=1e-6, atol=1e-9
-    )
+    expected = -gradient(value, logits)
+    torch.testing.assert_close(gradient(loss, logits), expected, rtol=1e-6, atol=1e-9)
 
 
-def test_advantages_by_hand():
+def test_optimal_policy_of_the_quadratic_reward_is_linear_in_the_prompt():
+    """Where the RL loss is least, π ∝ exp(reward / c), whose log is linear in the prompt's sum."""
+    ent_coef = 0.3
+    sums = torch.arange(2, 21)[:, None] + digits.answer_sums(torch.zeros(1, 3, dtype=torch.long))
+    rewards = digits.shaped_reward(sums, "square").double()
+    logits = (rewards / ent_coef).requires_grad_()
+    policy = logits.softmax(1)
+    value = (policy * (rewards - ent_coef * policy.log())).sum()
+    assert gradient(value, logits).abs().max() < 1e-10
+    differences = (logits - logits[:, :1]).detach().diff(dim=0)  # of one prompt's sum to the next
+    torch.testing.assert_close(differences[1:], differences[:-1], atol=1e-5, rtol=0)
+
+
+def test_leave_one_out_by_hand():
     rewards = torch.tensor([[1.0, 0.0, 2.0], [4.0, 9.0, 9.0]])
-    rloo = digits.compute_advantages(rewards, "rloo")
-    torch.testing.assert_close(rloo, torch.tensor([[0.0, -1.5, 1.5], [-5.0, 2.5, 2.5]]))
+    expected = torch.tensor([[0.0, -1.5, 1.5], [-5.0, 2.5, 2.5]])
+    torch.testing.assert_close(digits.leave_one_out(rewards), expected)
 
 
-def test_sample_weights():
-    valid = torch.zeros(3, 100, dtype=torch.bool)
-    valid[0, :4] = valid[1, 7] = valid[2, 10:13] = True
-    row = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0]]) / 8
-    torch.testing.assert_close(digits.sample_weights(valid, 0), row)
-    torch.testing.assert_close(digits.sample_weights(valid, 5), torch.full((3, 5), 1 / 15))
+def test_sample_weights_by_hand():
+    correct = torch.zeros(3, 100, dtype=torch.bool)
+    correct[0, :4] = True
+    correct[1, 7] = True
+    correct[2, 10:13] = True
+    expected = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0]]) / 8
+    torch.testing.assert_close(digits.sample_weights(correct, 0), expected)
+    torch.testing.assert_close(digits.sample_weights(correct, 1), torch.full((3, 1), 1 / 3))
+    torch.testing.assert_close(digits.sample_weights(correct, 5), torch.full((3, 5), 1 / 15))
 
 
-def test_samples_follow_the_distribution():
-    """Evenly spaced quantiles must land on each answer in proportion to its probability."""
-    probs = torch.tensor([[0.0, 0.5, 0.25, 0.0, 0.25], [0.1, 0.2, 0.3, 0.4, 0.0]])
-    uniforms = (torch.arange(10_000) / 10_000).expand(2, -1).contiguous()
-    for row, p in zip(digits.sample_actions(probs, uniforms), probs, strict=True):
-        shares = row.bincount(minlength=5) / 10_000
-        assert (shares - p).abs().max() < 2e-4
-        assert (shares[p == 0] == 0).all()  # not even at the quantiles 0 and almost 1
+def test_linear_decay():
+    assert digits.linear_decay(0.3, None, 0.5) == 0.3
+    assert digits.linear_decay(0.3, 0.02, 0.0) == 0.3
+    assert digits.linear_decay(0.3, 0.02, 0.25) == pytest.approx(0.23)
+    assert digits.linear_decay(0.3, 0.0, 1.0) == 0
 
 
-# ---------------------------------------------------------------- Training
-
-
-@pytest.mark.parametrize("method", ["sl", "sl-weight-decay"])
-def test_sl_training_is_the_plain_loop_over_rows(method):
-    """Adam on one row an example, in float64: same weights after 20 epochs."""
-    torch.manual_seed(1)
-    model = torch.nn.Sequential(torch.nn.Linear(30, 64), torch.nn.ReLU(), torch.nn.Linear(64, 100))
-    model.double()
-    rows = [(p, a) for p in digits.split_prompts()[0].tolist() for a in answers_to(p)]
-    inputs = torch.zeros(len(rows), 30, dtype=torch.float64)
-    for i, (prompt, _) in enumerate(rows):
-        inputs[i, [10 * place + digit for place, digit in enumerate(prompt)]] = 1
-    labels = torch.tensor([a for _, a in rows])
-    decay = {"sl": 0, "sl-weight-decay": 0.001}[method]
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=decay)
-    for _ in range(20):
-        optimizer.zero_grad()
-        F.cross_entropy(model(inputs), labels).backward()
-        optimizer.step()
-    expected = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-    assert (trained(method).double() - expected).abs().max() < 2e-4
-
-
-@pytest.mark.parametrize("baseline, samples_per_prompt", [("none", 0), ("rloo", 3)])
-def test_rl_training_is_the_plain_loop_over_rows(baseline, samples_per_prompt, monkeypatch):
-    """The same with RL: the joint loss, all knobs at work, on answers drawn in advance."""
-    knobs = digits.METHODS["joint"] | {"reward": "sharp", "baseline": baseline}
-    knobs |= {"samples_per_prompt": samples_per_prompt, "ent_coef": 0.2, "ent_coef_final": 0.1}
-    knobs |= {"weight_decay": 0.01, "learning_rate_final": 0.005, "sl_coef": 0.5}
-    knobs |= {"sl_coef_final": 0.1}
+# ---------------------------------------------------------------------------- Training
+def reference_training(model, args, drawn):
+    """Train by a plain loop over examples, in float64. Its samples are drawn[epoch] (729, M)."""
     prompts = digits.split_prompts()[0].tolist()
-    demonstrations = [(i, a) for i, p in enumerate(prompts) for a in answers_to(p)]
-    drawn = torch.randint(
-        100, (8, 729, samples_per_prompt or 10), generator=torch.Generator().manual_seed(0)
-    )
-    queue = iter(drawn)
-    monkeypatch.setattr(digits, "sample_actions", lambda probs, uniforms: next(queue))
-    actual = digits.make_model(16)
-    model = digits.make_model(16)
-    model.load_state_dict(actual.state_dict())
-    model.double()
-    list(digits.train(actual, digits.split_prompts()[0], knobs, 8))
+    inputs = torch.zeros(729, 30, dtype=torch.float64)
+    examples = []
+    for i, prompt in enumerate(prompts):
+        for place, digit in enumerate(prompt):
+            inputs[i, 10 * place + digit] = 1
+        for answer in correct_answers(prompt):
+            examples.append((i, answer))
+    index, labels = torch.tensor(examples).T
 
-    inputs = digits.one_hot(torch.tensor(prompts)).double()
-    optimizer = torch.optim.Adam(model.parameters(), weight_decay=0.01)
-    for epoch in range(8):
-        optimizer.param_groups[0]["lr"] = 0.015 - 0.010 * epoch / 8
-        samples, advantages = [], []
-        for i, prompt in enumerate(prompts):
-            actions = drawn[epoch][i, : samples_per_prompt or len(answers_to(prompt))].tolist()
-            rewards = [REWARDS["sharp"](sum(prompt) + a // 10 + a % 10) for a in actions]
-            for k, action in enumerate(actions):
-                others = rewards[:k] + rewards[k + 1 :]
-                mean = sum(others) / len(others) if baseline == "rloo" else 0
-                samples.append((i, action))
-                advantages.append(rewards[k] - mean)
-        logp = model(inputs).log_softmax(1)
-        index, actions = torch.tensor(samples).T
-        entropy = -(logp.exp() * logp).sum(1)[index].mean()  # one for each sample
-        loss = -(torch.tensor(advantages).double() * logp[index, actions]).mean()
-        loss = loss - (0.2 - 0.1 * epoch / 8) * entropy
-        index, labels = torch.tensor(demonstrations).T
-        loss = loss + (0.5 - 0.4 * epoch / 8) * F.nll_loss(logp[index], labels)
+    def step(optimizer, loss):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    for mine, theirs in zip(actual.parameters(), model.parameters(), strict=True):
-        assert (mine.double() - theirs).abs().max() < 2e-4
+
+    sft_epochs = 0
+    if args.sft_fraction is not None:
+        sft_epochs = int(args.sft_fraction * args.epochs)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=0.001)
+        for _ in range(sft_epochs):
+            step(optimizer, F.cross_entropy(model(inputs[index]), labels))
+
+    rl_epochs = args.epochs - sft_epochs
+    optimizer = torch.optim.Adam(model.parameters(), weight_decay=args.weight_decay)
+    for epoch in range(rl_epochs):
+        learning_rate = args.learning_rate
+        if args.learning_rate_final is not None:
+            slope = (args.learning_rate_final - args.learning_rate) / rl_epochs
+            learning_rate = args.learning_rate + slope * epoch
+        optimizer.param_groups[0]["lr"] = learning_rate
+        if args.reward is None:
+            step(optimizer, F.cross_entropy(model(inputs[index]), labels))
+            continue
+        samples = []
+        advantages = []
+        for i, prompt in enumerate(prompts):
+            count = args.samples_per_prompt
+            if count == 0:
+                count = len(correct_answers(prompt))
+            answers = drawn[epoch][i, :count].tolist()
+            rewards = [expected_reward(total_of(prompt, a), args.reward) for a in answers]
+            for k, answer in enumerate(answers):
+                others = rewards[:k] + rewards[k + 1 :]
+                baseline = sum(others) / len(others) if args.baseline == "rloo" else 0
+                samples.append((i, answer))
+                advantages.append(rewards[k] - baseline)
+        logprobs = model(inputs).log_softmax(1)
+        rows, answers = torch.tensor(samples).T
+        advantages = torch.tensor(advantages, dtype=torch.float64)
+        ent_coef = args.ent_coef
+        if args.ent_coef_final is not None:
+            ent_coef += (args.ent_coef_final - args.ent_coef) * epoch / rl_epochs
+        entropy = -(logprobs.exp() * logprobs).sum(1)[rows].mean()  # one for each sample
+        loss = -(advantages * logprobs[rows, answers]).mean() - ent_coef * entropy
+        if args.sl_coef is not None:
+            sl_coef = args.sl_coef + (args.sl_coef_final - args.sl_coef) * epoch / rl_epochs
+            loss = loss + sl_coef * F.nll_loss(logprobs[index], labels)
+        step(optimizer, loss)
 
 
-def test_rl_samples_from_the_policy_itself(monkeypatch):
-    """The probabilities sampled from are the softmax of the logits of this epoch."""
-    model, seen = digits.make_model(8), []
-    sample_actions = digits.sample_actions
-    monkeypatch.setattr(
-        digits, "sample_actions", lambda p, u: seen.append((p, u)) or sample_actions(p, u)
+DECAYS = {"learning_rate_final": 0.005, "ent_coef_final": 0.1}
+CASES = [
+    ("sl", {}),
+    ("sl", {"weight_decay": 0.02, "learning_rate": 0.03}),
+    ("sl-weight-decay", {}),
+    ("rl", {"ent_coef": 0.1, "weight_decay": 0.01}),
+    ("rl-sharp", {"samples_per_prompt": 2}),
+    ("rl-distance", {"baseline": "rloo", "samples_per_prompt": 2}),
+    ("sl-then-rl", {"sft_fraction": 0.25}),
+    ("sl-then-improved", {"sft_fraction": 0.5, **DECAYS}),
+    ("rl-improved", DECAYS),
+    ("joint", {**DECAYS, "weight_decay": 0.01, "sl_coef": 0.5, "sl_coef_final": 0.1}),
+    ("joint", {"reward": "exact", "baseline": "none", "samples_per_prompt": 0, "sl_coef": 1.0}),
+]
+
+
+@pytest.mark.parametrize("method, given", CASES)
+def test_training_is_the_plain_loop_over_examples(method, given, monkeypatch):
+    """The same weights after eight epochs, with answers that are drawn in advance."""
+    args = job(method, epochs=8, hidden_dim=16, **given)
+    slots = 10 if args.samples_per_prompt in (None, 0) else args.samples_per_prompt
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(100, (8, 729, slots), generator=generator)
+    asked = []
+
+    def multinomial(probs, num_samples, replacement):
+        asked.append((probs, num_samples, replacement))
+        return drawn[len(asked) - 1]
+
+    monkeypatch.setattr(torch, "multinomial", multinomial)
+    models = keep_models(monkeypatch)
+    digits.train(args, None, False)
+    ((model, first_weights),) = models
+    reference = torch.nn.Sequential(
+        torch.nn.Linear(30, 16), torch.nn.ReLU(), torch.nn.Linear(16, 100)
     )
-    steps = digits.train(model, digits.split_prompts()[0], digits.METHODS["rl"], 2)
-    for _ in range(2):
-        inputs = digits.one_hot(digits.split_prompts()[0])
-        expected = model(inputs).softmax(1).detach()
-        next(steps)
-        probs, uniforms = seen[-1]
-        torch.testing.assert_close(probs, expected)
-        rights = (digits.answer_sums(digits.split_prompts()[0]) == 20).sum(1)
-        drawn = torch.arange(uniforms.shape[1]) < rights[:, None]  # a slot for each right answer
-        assert not uniforms[~drawn].any()
-        assert 0.49 < uniforms[drawn].mean() < 0.51 and uniforms[drawn].std() > 0.28
-    assert not torch.equal(seen[0][1], seen[1][1])
+    torch.nn.utils.vector_to_parameters(first_weights, reference.parameters())
+    reference.double()
+    reference_training(reference, args, drawn)
+    moved = (flatten(reference) - first_weights).abs().max()
+    assert moved > 0.02 and (flatten(model) - flatten(reference)).abs().max() < 2e-4
+    for probs, num_samples, replacement in asked:
+        assert probs.shape == (729, 100) and not probs.requires_grad
+        assert num_samples == slots and replacement
+        torch.testing.assert_close(probs.sum(1), torch.ones(729))
+    if args.reward is not None:
+        assert len(asked) == 8 - int((args.sft_fraction or 0) * 8)
 
 
-def test_measure():
+def test_samples_come_from_the_policy_of_the_epoch(monkeypatch):
+    """Training begins at the first weights of the seed, and samples from their softmax."""
+    calls = programs.spy(monkeypatch, torch, "multinomial")
+    models = keep_models(monkeypatch)
+    digits.train(job("rl", epochs=2), None, False)
+    torch.manual_seed(1)
+    first = digits.make_model(64)
+    assert torch.equal(models[0][1], models[1][1])
+    inputs = digits.one_hot(digits.split_prompts()[0])
+    ((probs, _), answers, _), ((next_probs, _), next_answers, _) = calls
+    torch.testing.assert_close(probs, first(inputs).softmax(1).detach())
+    assert not torch.equal(probs, next_probs) and not torch.equal(answers, next_answers)
+    assert answers.shape == (729, 10) and len(answers.unique()) == 100
+
+
+def test_measure_on_every_prompt():
+    torch.manual_seed(0)
     model = digits.make_model(8)
-    prompts, _ = digits.split_prompts()
-    prompts = prompts[:60]
-    right, distinct, losses, entropy = 0, set(), [], 0.0
+    prompts = digits.split_prompts()[0][:60]
+    right = 0
+    distinct = set()
+    losses = []
+    entropies = []
     for prompt in prompts.tolist():
-        logits = model(digits.one_hot(torch.tensor([prompt])))[0]
-        right += logits.argmax().item() in answers_to(prompt)
-        distinct.add(logits.argmax().item())
-        losses += [-logits.log_softmax(0)[a].item() for a in answers_to(prompt)]
-        entropy += torch.distributions.Categorical(logits=logits).entropy().item() / 60
+        logits = model(digits.one_hot(torch.tensor([prompt])))[0].double()
+        answer = logits.argmax().item()
+        right += answer in correct_answers(prompt)
+        distinct.add(answer)
+        losses += [-logits.log_softmax(0)[a].item() for a in correct_answers(prompt)]
+        entropies.append(torch.distributions.Categorical(logits=logits).entropy().item())
     found = digits.measure(model, prompts)
-    assert found["entropy"] == pytest.approx(entropy, rel=1e-5)
-    assert found["accuracy"] == pytest.approx(right / 60)
-    assert found["distinct"] == len(distinct)
-    assert found["cross_entropy"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert 0 < right < 60 and len(distinct) > 1
+    assert found == {
+        "accuracy": pytest.approx(right / 60),
+        "distinct": len(distinct),
+        "cross_entropy": pytest.approx(sum(losses) / len(losses), rel=1e-5),
+        "entropy": pytest.approx(sum(entropies) / 60, rel=1e-5),
+    }
 
 
-# ---------------------------------------------------------------- The story, in short runs
+def test_metrics_are_of_the_trained_model_on_both_sets(monkeypatch):
+    models = keep_models(monkeypatch)
+    found, answers = digits.train(job("rl-improved", epochs=150), None, False)
+    model = models[0][0]
+    train, test = digits.split_prompts()
+    assert found.pop("seconds") > 0
+    expected = {f"train/{name}": value for name, value in digits.measure(model, train).items()}
+    for name, value in digits.measure(model, test).items():
+        expected[f"eval/{name}"] = value
+    assert found == expected
+    assert answers == model(digits.one_hot(test)).argmax(1)[:10].tolist()
 
 
+def test_a_loss_that_is_not_finite_ends_the_run(monkeypatch):
+    def broken_reward(sums, kind):
+        return torch.where(sums == 20, math.nan, 1.0)
+
+    monkeypatch.setattr(digits, "shaped_reward", broken_reward)
+    with pytest.raises(SystemExit) as stop:
+        results("rl", 10)
+    assert stop.value.code == "error: loss of rl not finite in epoch 0"
+
+
+# ---------------------------------------------------------------------------- What the rows show
 @pytest.fixture(scope="module")
 def short_runs():
-    """Two seeds of the plain RL rows, 400 epochs."""
-    names = ("rl", "rl-entropy", "rl-distance", "rl-sharp")
-    return {name: [results(name, 400, seed) for seed in (1, 2)] for name in names}
+    """Two seeds of the RL rows of the post, 400 epochs."""
+    found = {}
+    for method in ("rl", "rl-entropy", "rl-distance", "rl-sharp"):
+        found[method] = [results(method, 400, seed) for seed in (1, 2)]
+    return found
 
 
 def test_rl_collapses_and_entropy_prevents_it(short_runs):
@@ -414,284 +609,416 @@ def test_rl_collapses_and_entropy_prevents_it(short_runs):
 
 def test_a_sharp_reward_beats_distance(short_runs):
     for distance, sharp in zip(short_runs["rl-distance"], short_runs["rl-sharp"], strict=True):
-        assert sharp["train/accuracy"] > distance["train/accuracy"] + 0.2
-        assert sharp["eval/accuracy"] > distance["eval/accuracy"] + 0.05
+        assert sharp["train/accuracy"] > distance["train/accuracy"] + 0.15
+        assert sharp["eval/accuracy"] > distance["eval/accuracy"]
 
 
 def test_weight_decay_generalises():
     for seed in (1, 2):
-        plain, decayed = (results(name, 1000, seed) for name in ("sl", "sl-weight-decay"))
+        plain = results("sl", 1000, seed)
+        decayed = results("sl-weight-decay", 1000, seed)
         assert plain["train/accuracy"] > 0.99 and plain["train/cross_entropy"] < 2
         assert plain["eval/cross_entropy"] > decayed["eval/cross_entropy"] + 0.3
 
 
-def test_warm_start_is_sl_with_weight_decay_then_rl(monkeypatch):
-    """A tenth of the epochs, in that order, on one and the same model."""
-    phases = []
-
-    def spy(model, prompts, knobs, num_epochs):
-        phases.append((model, knobs, num_epochs))
-        return train(model, prompts, knobs, num_epochs)
-
-    train = digits.train
-    monkeypatch.setattr(digits, "train", spy)
-    results("sl-then-rl", 20, ent_coef=0.3)
-    (first, knobs, warm), (second, others, rest) = [phase for phase in phases if phase[2]]
-    assert first is second and (warm, rest) == (2, 18)
-    assert knobs == digits.METHODS["sl-weight-decay"]
-    assert others == digits.METHODS["sl-then-rl"] | {"ent_coef": 0.3}
-
-
-def test_warm_start_is_often_right_from_the_first_rl_epoch():
-    cold = results("rl-sharp", 1)["train/accuracy"]
-    warm = results("sl-then-rl", 301, sft_fraction=0.999)["train/accuracy"]
-    assert cold < 0.2 and warm > 0.7
+def test_after_sl_the_first_rl_epoch_is_often_right():
+    assert results("rl-sharp", 1)["train/accuracy"] < 0.2
+    assert results("sl-then-rl", 301, sft_fraction=0.997)["train/accuracy"] > 0.7
 
 
 def test_improved_rl_generalises_as_well_as_it_trains():
     for seed in (1, 2):
-        run = results("rl-improved", 1000, seed)
-        assert run["eval/accuracy"] > 0.65 and run["eval/distinct"] > 25
-        assert abs(run["eval/accuracy"] - run["train/accuracy"]) < 0.1
+        found = results("rl-improved", 1000, seed)
+        assert found["eval/accuracy"] > 0.65 and found["eval/distinct"] > 25
+        assert abs(found["eval/accuracy"] - found["train/accuracy"]) < 0.1
 
 
-# ---------------------------------------------------------------- The command line
-
-
-def test_the_rows_have_the_numbers_of_the_post():
+# ---------------------------------------------------------------------------- Flags
+def test_rows_have_the_values_of_the_post():
     rl = {"learning_rate": 0.015, "weight_decay": 0.0, "baseline": "none", "samples_per_prompt": 0}
     expected = {
         "sl": {"learning_rate": 0.01, "weight_decay": 0.0},
         "sl-weight-decay": {"learning_rate": 0.01, "weight_decay": 0.001},
-        "rl": rl | {"reward": "exact", "ent_coef": 0.0},
-        "rl-entropy": rl | {"reward": "exact", "ent_coef": 0.15},
-        "rl-distance": rl | {"reward": "distance", "ent_coef": 0.15},
-        "rl-sharp": rl | {"reward": "sharp", "ent_coef": 0.15},
-        "sl-then-rl": rl | {"reward": "sharp", "ent_coef": 0.15, "sft_fraction": 0.1},
+        "rl": {**rl, "reward": "exact", "ent_coef": 0.0},
+        "rl-entropy": {**rl, "reward": "exact", "ent_coef": 0.15},
+        "rl-distance": {**rl, "reward": "distance", "ent_coef": 0.15},
+        "rl-sharp": {**rl, "reward": "sharp", "ent_coef": 0.15},
+        "sl-then-rl": {**rl, "reward": "sharp", "ent_coef": 0.15, "sft_fraction": 0.1},
     }
-    for method, knobs in expected.items():
-        row = digits.METHODS[method]
-        assert {k: v for k, v in row.items() if not k.endswith("_final")} == knobs
-        assert all(v is None for k, v in row.items() if k.endswith("_final"))  # all constant
+    for method, row in expected.items():
+        assert digits.METHODS[method] == row
     assert list(digits.METHODS)[:7] == list(expected)
-    warm = {"sft_fraction": digits.METHODS["sl-then-rl"]["sft_fraction"]}
-    assert digits.METHODS["sl-then-improved"] == digits.METHODS["rl-improved"] | warm
     assert digits.Args().epochs == 10_000 and digits.Args().hidden_dim == 64
-    published = dict(zip(expected, (None, 91.26, 18.03, 85.25, 67.76, 91.26, 98.91), strict=True))
-    assert published == digits.POST
+    published = [91.26, 18.03, 85.25, 67.76, 91.26, 98.91]
+    assert dict(zip(list(expected)[1:], published, strict=True)) == digits.POST
 
 
-KNOBS = {
-    "learning_rate": 0.02,
-    "learning_rate_final": 0.01,
-    "weight_decay": 0.1,
-    "reward": "sharp",
-    "ent_coef": 0.5,
-    "ent_coef_final": 0.5,
-    "baseline": "none",
-    "samples_per_prompt": 3,
-    "sl_coef": 0.5,
-    "sl_coef_final": 0.5,
-}
+def test_rows_beyond_the_post():
+    improved = {
+        "learning_rate": 0.015,
+        "learning_rate_final": 0.0,
+        "weight_decay": 0.0,
+        "reward": "square",
+        "ent_coef": 0.3,
+        "ent_coef_final": 0.02,
+        "baseline": "rloo",
+        "samples_per_prompt": 8,
+    }
+    assert digits.METHODS["rl-improved"] == improved
+    assert digits.METHODS["sl-then-improved"] == {**improved, "sft_fraction": 0.1}
+    assert digits.METHODS["joint"] == {**improved, "sl_coef": 0.07, "sl_coef_final": 0.0}
 
 
-def test_every_knob_changes_the_weights():
-    assert set(digits.KNOBS) == {*KNOBS, "sft_fraction"}
-    plain = trained("joint")
-    assert torch.equal(plain, trained("joint"))
-    for flag, value in KNOBS.items():
-        assert not torch.equal(plain, trained("joint", **{flag: value})), flag
-    assert not torch.equal(plain, trained("joint", seed=2))
-    assert trained("joint", hidden_dim=8).numel() == 30 * 8 + 8 + 8 * 100 + 100
-    kinds = ("exact", "distance", "sharp", "square")
-    assert len({tuple(trained("rl", reward=kind).tolist()) for kind in kinds}) == 4
+def test_every_row_can_be_chosen_and_is_explained():
+    names = typing.get_args(typing.get_type_hints(digits.Args)["method"])
+    assert list(names) == ["ladder", *digits.METHODS]
+    explained = re.findall(r"^    (\S+) +\d+%  \S", digits.__doc__, re.M)
+    assert explained == list(digits.METHODS)
 
 
-def test_a_knob_is_read_or_refused_by_each_row(capsys):
-    values = {**KNOBS, "sft_fraction": 0.5}
-    for method, flag in itertools.product(("ladder", *digits.METHODS), digits.KNOBS):
-        args = flags(method, epochs=4, **{flag: values[flag]})
-        if flag in digits.METHODS.get(method, {}):
-            digits.check_args(args)
-            assert digits.choose_knobs(args, method)[flag] == values[flag]
-        else:
-            with pytest.raises(SystemExit) as stop:
+def test_every_value_of_a_row_changes_the_weights():
+    for method in ("joint", "sl-then-improved", "sl-weight-decay"):
+        own = weights_after(method)
+        assert torch.equal(own, weights_after(method))
+        assert not torch.equal(own, weights_after(method, seed=2))
+        for flag in digits.METHODS[method]:
+            changed = weights_after(method, **{flag: VALUES[flag]})
+            assert not torch.equal(own, changed), flag
+    assert weights_after("joint", hidden_dim=8).numel() == 30 * 8 + 8 + 8 * 100 + 100
+    with_reward = [tuple(weights_after("rl", reward=kind).tolist()) for kind in REWARDS]
+    assert len(set(with_reward)) == 4
+
+
+def test_a_row_reads_a_flag_or_refuses_it(capsys):
+    assert set(VALUES) == {f.name for f in dataclasses.fields(digits.Args) if f.default is None}
+    for method in ("ladder", *digits.METHODS):
+        for flag, value in VALUES.items():
+            args = flags(method, epochs=4, **{flag: value})
+            if flag in digits.METHODS.get(method, {}):
                 digits.check_args(args)
-            assert stop.value.code == 2
-            assert f"--method {method} ignores it" in capsys.readouterr().err
+                row = dataclasses.asdict(digits.row_args(args, method, 3))
+                others = {**digits.METHODS[method], flag: value}
+                assert row == {**dataclasses.asdict(args), **others, "seed": 3}
+            else:
+                with pytest.raises(SystemExit) as stop:
+                    digits.check_args(args)
+                error = capsys.readouterr().err
+                name = flag.replace("_", "-")
+                readers = [m for m in digits.METHODS if flag in digits.METHODS[m]]
+                assert stop.value.code == 2
+                assert error == f"error: --{name} is only for --method {', '.join(readers)}\n"
 
 
-BAD = [
-    ("--method", "sl", "--ent-coef", "0.1"),
-    ("--reward", "sharp"),
-    ("--num-seeds", "0"),
-    ("--epochs", "0"),
-    ("--hidden-dim", "-3"),
-    ("--seed", "-1"),
-    ("--method", "rl", "--ent-coef", "-0.1"),
-    ("--method", "rl", "--learning-rate", "0"),
-    ("--method", "rl", "--learning-rate", "nan"),
-    ("--method", "sl", "--weight-decay", "inf"),
-    ("--method", "rl-improved", "--samples-per-prompt", "1"),
-    ("--method", "rl", "--samples-per-prompt", "-1"),
-    ("--method", "rl", "--baseline", "rloo"),
-    ("--method", "sl-then-rl", "--sft-fraction", "1"),
-    ("--method", "sl-then-rl", "--sft-fraction", "-0.5"),
-    ("--method", "joint", "--sl-coef", "-1"),
+REFUSED = [
+    "--method sl --ent-coef 0.1",
+    "--method sl --learning-rate-final 0.1",
+    "--reward sharp",
+    "--num-seeds 0",
+    "--epochs 0",
+    "--hidden-dim -3",
+    "--hidden-dim 0",
+    "--seed -1",
+    "--method rl --ent-coef -0.1",
+    "--method rl --ent-coef nan",
+    "--method rl --learning-rate 0",
+    "--method rl --learning-rate 1",
+    "--method rl --learning-rate nan",
+    "--method rl-improved --learning-rate-final -0.1",
+    "--method rl-improved --ent-coef-final inf",
+    "--method sl --weight-decay inf",
+    "--method sl --weight-decay -1",
+    "--method rl-improved --samples-per-prompt 1",
+    "--method rl-improved --samples-per-prompt 0",
+    "--method rl --samples-per-prompt -1",
+    "--method rl --baseline rloo",
+    "--method sl-then-rl --sft-fraction 1",
+    "--method sl-then-rl --sft-fraction -0.5",
+    "--method sl-then-rl --epochs 10 --sft-fraction 0.96",
+    "--method joint --sl-coef -1",
+    "--method joint --sl-coef-final -1",
 ]
 
 
-@pytest.mark.parametrize("argv", BAD, ids=" ".join)
-def test_bad_values_are_refused(argv, capsys, tmp_path):
+@pytest.mark.parametrize("words", REFUSED)
+def test_wrong_values_are_refused_in_one_line(words, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
-        digits.main(tyro.cli(digits.Args, args=argv))
+        digits.main(tyro.cli(digits.Args, args=words.split()))
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == ""
-    assert err.count("\n") == 1 and err.startswith(f"error: {argv[-2]} ") and len(err) < 300
+    assert err.count("\n") == 1 and err.startswith("error: --") and words.split()[-2] in err
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ("--method", "ppo"),
-        ("--epochs", "many"),
-        ("--method", "rl", "--reward", "none"),
-        ("--method", "rl", "--baseline", "value"),
-        ("--no-such-flag",),
-    ],
-    ids=" ".join,
-)
-def test_what_is_no_value_at_all_is_refused(argv, capsys, tmp_path):
+ACCEPTED = [
+    "--method rl --learning-rate 0.99 --ent-coef 0 --weight-decay 0",
+    "--method rl --baseline rloo --samples-per-prompt 2",
+    "--method rl --samples-per-prompt 1",
+    "--method sl-then-rl --epochs 10 --sft-fraction 0.94",
+    "--method sl-then-rl --epochs 1 --sft-fraction 0",
+    "--method joint --sl-coef 0 --learning-rate-final 0 --ent-coef-final 0",
+    "--method rl-improved --baseline none --samples-per-prompt 0",
+    "--seed 0 --epochs 1 --hidden-dim 1 --num-seeds 1",
+    "--method sl-then-rl --learning-rate 0.02 --weight-decay 3e-6 --num-seeds 10",
+]
+
+
+@pytest.mark.parametrize("words", ACCEPTED)
+def test_values_at_the_edge_are_accepted(words):
+    digits.check_args(tyro.cli(digits.Args, args=words.split()))
+
+
+WRONG_WORDS = [
+    "--method ppo",
+    "--epochs many",
+    "--method rl --reward none",
+    "--method rl --baseline value",
+    "--no-such-flag",
+]
+
+
+@pytest.mark.parametrize("words", WRONG_WORDS)
+def test_what_is_no_value_at_all_is_refused(words, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
-        tyro.cli(digits.Args, args=argv)
+        tyro.cli(digits.Args, args=words.split())
     assert stop.value.code == 2 and not list(tmp_path.iterdir())
-    assert argv[-1] in capsys.readouterr().err
+    assert words.split()[-1] in capsys.readouterr().err
 
 
-def test_a_run_that_diverges_says_so():
+def test_a_file_named_runs_is_in_the_way(capsys):
+    Path("runs").write_text("")
     with pytest.raises(SystemExit) as stop:
-        results("rl-entropy", 50, learning_rate=1e18)
-    assert "lower --learning-rate" in stop.value.code  # the message, and status 1
+        digits.main(digits.Args())
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == ""
+    assert "--no-tensorboard" in err and err.count("\n") == 1
+    digits.check_args(digits.Args(tensorboard=False))
+
+
+# ---------------------------------------------------------------------------- Output
+LINE = re.compile(
+    r"(\S+) +seed (\d+) +epoch +(\d+)  train +([\d.]+)%  held-out +([\d.]+)%"
+    r"  distinct +(\d+)  (\d+) s left"
+)
 
 
 @pytest.fixture(scope="module")
 def ladder(tmp_path_factory):
-    """What the whole ladder returns with two seeds, what it prints, and where its curves are."""
-    folder, lines = tmp_path_factory.mktemp("ladder"), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(lines):
-        patch.chdir(folder)
+    """All rows with two seeds: what main returns, what it prints, and its folder."""
+    folder = tmp_path_factory.mktemp("ladder")
+    lines = []
+
+    def keep(*words, **more):
+        lines.append(" ".join(words))
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(digits, "print", keep, raising=False)
         means = digits.main(digits.Args(epochs=20, num_seeds=2))
-    return means, lines.getvalue(), folder
+    return means, "\n".join(lines).splitlines(), folder
 
 
 def test_same_seed_same_results(ladder):
-    """Whatever ran before."""
+    """Whatever ran before. Returned are the means over the seeds."""
     means = {name: value for name, value in ladder[0].items() if "seconds" not in name}
     assert {name.split("/")[0] for name in means} == set(digits.METHODS)
     for method in digits.METHODS:
-        first, other = (results(method, 20, seed) for seed in (1, 2))
-        assert first["eval/cross_entropy"] != other["eval/cross_entropy"]
+        first = results(method, 20, 1)
+        second = results(method, 20, 2)
+        assert first["eval/cross_entropy"] != second["eval/cross_entropy"]
         for name in first.keys() - {"seconds"}:
-            assert means.pop(f"{method}/{name}") == pytest.approx((first[name] + other[name]) / 2)
+            mean = (first[name] + second[name]) / 2
+            assert means.pop(f"{method}/{name}") == pytest.approx(mean)
     assert not means
 
 
-def test_progress_of_a_single_run(capsys):
-    results("rl", 40)
+def test_progress_of_a_single_run(monkeypatch, capsys):
+    """Twenty lines and the last epoch's, by a clock that goes on by a second at each reading."""
+    programs.tick(monkeypatch, digits)
+    results("rl", 41)
     out = capsys.readouterr().out.splitlines()
-    epochs = [int(line.split()[2]) for line in out if line.startswith("rl ") and "%" in line]
-    assert epochs == [*range(0, 40, 4), 39]
-    assert "64 units" in out[0] and "seed 1" in out[0]
+    assert out[0].startswith("digits_sum20__1__") and "1 runs of 41 epochs" in out[0]
+    found = [
+        LINE.fullmatch(line).groups() for line in out if line.startswith("rl ") and "%" in line
+    ]
+    epochs = [int(line[2]) for line in found]
+    assert epochs == [*range(0, 40, 5), 40]
+    assert {line[:2] for line in found} == {("rl", "1")}
+    for (*_, seconds_left), epoch in zip(found[:-1], epochs, strict=False):
+        assert int(seconds_left) == round((epoch + 1) * (41 / (epoch + 1) - 1))
+    assert found[-1][-1] == "0"
 
 
-def test_tables_of_the_ladder(ladder):
-    out = ladder[1]
-    lines = re.findall(r"^(\S+) +([12]) +19 +([\d.]+)% +([\d.]+)% +(\d+) .* (\d+) s$", out, re.M)
-    in_turn = [(method, seed) for method in digits.METHODS for seed in "12"]
-    assert [line[:2] for line in lines] == in_turn and lines[-1][-1] == "0"
-    assert len([line for line in out.splitlines() if line.endswith(" s")]) == 20  # only at the end
-    table = out[out.index("\nrow ", 200) :].splitlines()[1:]
-    assert [line.split()[0] for line in table[1:11]] == list(digits.METHODS)
-    assert all("±" in line for line in table[1:11])
-    assert table[2].endswith("91.26*") and table[7].endswith("98.91*")
-    held_out = {line[0]: float(line[3]) for line in lines[1::2]}  # of seed 2
-    distinct = {line[0]: int(line[4]) for line in lines[1::2]}
-    best, *collapsed = re.findall(r"Greedy answers of (\S+) to held-out prompts, seed 2:", out)
-    assert held_out[best] == max(held_out.values()) > min(held_out.values())
-    assert distinct[[best, *collapsed][-1]] == min(distinct.values()) < max(distinct.values())
-    for line in out.splitlines():
-        if line.endswith(("right |", "wrong |")):
-            digits_shown = [
-                int(c) for c in line.split("| ")[1] + line.split("| ")[2] if c.isdigit()
-            ]
-            total = int(line.split("|")[3])
-            assert sum(digits_shown) == total and ("right" in line) == (total == 20)
-            assert len(digits_shown) == 5
+def test_long_runs_measure_a_hundred_times(monkeypatch):
+    """Measured in turn on training and held-out prompts."""
+    calls = programs.spy(monkeypatch, digits, "measure")
+    results("rl", 400, hidden_dim=2)
+    assert [len(prompts) for (_, prompts), _, _ in calls] == [729, 183] * 101
 
 
-def test_a_figure_of_the_post_is_compared_as_it_is_rounded(capsys):
-    """98.91 is 181 of 183 prompts: within a range that ends there, outside one that ends before."""
-    for right, star in ((181, ""), (180, "*")):
-        runs = [
-            {"train/accuracy": 1, "eval/accuracy": n / 183, "eval/distinct": 9, "seconds": 1}
-            for n in (170, right)
-        ]
-        digits.print_results({"sl-then-rl": runs})
-        line = capsys.readouterr().out.splitlines()[-1]
-        assert line.endswith(f" 98.91{star}")
-        mean, std = (170 + right) / 1.83 / 2, (right - 170) / 1.83 / 2**0.5
-        assert f"100.0 ±  0.0  {mean:.1f} ± {std:4.1f}   9.0 ±  0.0" in line
+def test_progress_of_all_rows(ladder):
+    _, lines, _ = ladder
+    assert "20 runs of 20 epochs" in lines[0]
+    found = [LINE.fullmatch(line) for line in lines[1:21]]
+    expected = [(method, seed) for method in digits.METHODS for seed in ("1", "2")]
+    assert [(match[1], match[2]) for match in found] == expected
+    assert {match[3] for match in found} == {"19"} and found[-1][7] == "0"
+    assert lines[21] == ""
 
 
-def test_as_a_program(three_runs, capsys):
-    """Several runs share the cores and come out as they do one after the other."""
-    folder, printed = three_runs()
-    digits.main(digits.Args(method="rl", epochs=20, num_seeds=3, tensorboard=False))
-    form = r"^rl +[123] +19 .*\.\d{4}|^\| \[.*"  # all but the time: its progress, its answers
-    shared, alone = (re.findall(form, x, re.M) for x in (printed, capsys.readouterr().out))
-    assert shared == alone and len(shared) == 13
-    assert not list(folder.iterdir())
+def test_time_left_of_several_runs(monkeypatch, capsys):
+    """Three runs; each reads the clock twice at the start and the log, and main once after it."""
+    programs.tick(monkeypatch, digits)
+    results("rl", 1, num_seeds=3)
+    lines = [LINE.fullmatch(line) for line in capsys.readouterr().out.splitlines()[1:4]]
+    assert [int(line[7]) for line in lines] == [round(3 * 2 / 1), round(6 * 1 / 2), 0]
 
 
-def test_ctrl_c_ends_all_runs_at_once(tmp_path):
-    words = "--method rl --epochs 1000000 --num-seeds 3".split()
-    command = [sys.executable, str(programs.ROOT / "digits_sum20.py"), *words]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **quiet)
-    try:
-        while len(list(tmp_path.glob("runs/*/rl-*"))) < min(3, os.cpu_count()):  # all at work
-            assert process.poll() is None
-            time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGINT)  # what a terminal sends
-        assert process.wait(20) != 0
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+def test_table_of_results(ladder, capsys):
+    means, lines, _ = ladder
+    start = lines.index("") + 1
+    assert lines[start].split() == "row train % held-out % distinct range seconds post %".split()
+    table = lines[start + 1 : start + 11]
+    assert [line.split()[0] for line in table] == list(digits.METHODS)
+    for line in table:
+        method, train, sign, _, test, _, _, distinct, _, _, test_range, _, post = line.split()
+        assert sign == "±"
+        low, high = test_range.split("-")
+        accuracy = 100 * means[f"{method}/eval/accuracy"]
+        assert float(train) == pytest.approx(100 * means[f"{method}/train/accuracy"], abs=0.06)
+        assert float(test) == pytest.approx(accuracy, abs=0.06)
+        assert (float(low) + float(high)) / 2 == pytest.approx(accuracy, abs=0.11)
+        assert float(distinct) == pytest.approx(means[f"{method}/eval/distinct"], abs=0.06)
+        assert post == str(digits.POST.get(method, "-"))
 
 
-def test_a_run_beside_others_that_diverges_says_so():
-    words = "--no-tensorboard --method rl-entropy --epochs 50 --num-seeds 3 --learning-rate 1e18"
-    command = [sys.executable, digits.__file__, *words.split()]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and "%" not in done.stdout
-    assert done.stderr == "error: rl-entropy diverged by epoch 0; lower --learning-rate\n"
+def test_mean_and_standard_deviation():
+    assert digits.mean_and_std([90.0]) == "90.0"
+    assert digits.mean_and_std([90.0, 93.0, 99.0]) == "94.0 ±  4.6"
+
+
+def test_tables_of_answers(ladder):
+    _, lines, _ = ladder
+    (first, second) = [i for i, line in enumerate(lines) if line.startswith("Most probable")]
+    assert " rl to held-out prompts, seed 2:" in lines[first]
+    assert " rl-improved to held-out prompts, seed 2:" in lines[second]
+    _, test_prompts = digits.split_prompts()
+    for start, method in ((first, "rl"), (second, "rl-improved")):
+        _, answers = digits.train(job(method, 2, epochs=20), None, False)
+        rows = lines[start + 3 : start + 13]
+        for row, prompt, answer in zip(rows, test_prompts.tolist(), answers, strict=False):
+            shown, output, total, verdict = [cell.strip() for cell in row.strip("|").split("|")]
+            assert shown == str(prompt) and output == f"[{answer // 10}, {answer % 10}]"
+            assert int(total) == total_of(prompt, answer)
+            assert verdict == ("right" if int(total) == 20 else "wrong")
+    assert len(lines) == second + 13
 
 
 def test_curves(ladder):
-    """A folder a run, so that the runs share a chart."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+    """One folder per run, so that TensorBoard draws the runs into one chart."""
     (folder,) = (ladder[2] / "runs").iterdir()
-    assert folder.name.startswith("digits_sum20__1__")
+    assert re.fullmatch(r"digits_sum20__1__\d{4}-\d\d-\d\d-\d{6}", folder.name)
     found = {child.name: child for child in folder.iterdir() if child.is_dir()}
     assert set(found) == {f"{method}-{seed}" for method in digits.METHODS for seed in (1, 2)}
-    measures = "accuracy distinct cross_entropy entropy".split()
-    names = {f"{part}/{name}" for part in ("train", "eval") for name in measures}
+    measures = ["accuracy", "distinct", "cross_entropy", "entropy"]
+    tags = {f"{group}/{name}" for group in ("train", "eval") for name in measures}
     for child in found.values():
-        assert set(EventAccumulator(str(child)).Reload().Tags()["scalars"]) == names
-    digits.main(digits.Args(method="joint", epochs=200))
+        assert set(EventAccumulator(str(child)).Reload().Tags()["scalars"]) == tags
+
+
+def test_points_of_the_curves():
+    means = digits.main(digits.Args(method="joint", epochs=200))
     (folder,) = Path("runs").iterdir()
     programs.check_hyperparameters(folder, digits.Args(), method="joint", epochs="200")
     events = EventAccumulator(str(folder / "joint-1")).Reload()
-    assert [point.step for point in events.Scalars("eval/accuracy")] == [*range(0, 200, 2), 199]
+    points = events.Scalars("eval/accuracy")
+    assert [point.step for point in points] == [*range(0, 200, 2), 199]
+    for tag in events.Tags()["scalars"]:
+        assert events.Scalars(tag)[-1].value == pytest.approx(means[f"joint/{tag}"], rel=1e-6)
+
+
+def test_curves_begin_after_sl():
+    digits.main(digits.Args(method="sl-then-rl", epochs=200, sft_fraction=0.5))
+    (folder,) = Path("runs").iterdir()
+    points = EventAccumulator(str(folder / "sl-then-rl-1")).Reload().Scalars("eval/accuracy")
+    assert [point.step for point in points] == [*range(100, 200, 2), 199]
+
+
+# ---------------------------------------------------------------------------- As a program
+def test_several_runs_share_the_cores(started, capsys):
+    """They come out as they do one after the other, on an output that can only show ASCII."""
+    process, folder = started["three runs"]
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 0 and errors == ""
+    digits.main(digits.Args(method="rl", epochs=20, num_seeds=3, tensorboard=False))
+    expected = capsys.readouterr().out
+    form = r"^rl +seed .* distinct +\d+|^\| .*"  # all but the times
+    assert re.findall(form, printed, re.M) == re.findall(form, expected, re.M)
+    assert len(re.findall(form, printed, re.M)) == 3 + 11
+    assert " ? " in printed and " ± " in expected
+    assert not list(folder.iterdir())
+
+
+def test_an_error_in_a_worker_is_one_line(started):
+    process, _ = started["broken"]
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and "%" not in printed
+    assert errors == "error: loss of rl-sharp not finite in epoch 0\n"
+
+
+def command_of(pid):
+    """The command line of a process; empty once it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def workers_at_work(process, folder):
+    """The ids of the worker processes, once each has begun a run."""
+    num_workers = min(2, os.cpu_count())
+    while len(list(folder.glob("runs/*/rl-*/events*"))) < num_workers:
+        assert process.poll() is None
+        time.sleep(0.1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [int(pid) for pid in children if "spawn_main" in command_of(pid)]
+    assert len(workers) == num_workers
+    return workers
+
+
+def assert_all_end(workers):
+    deadline = time.time() + 20
+    while any("spawn_main" in command_of(pid) for pid in workers):
+        assert time.time() < deadline, "a worker goes on"
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+def test_no_worker_outlives_the_program(tmp_path):
+    """Ctrl-C and SIGTERM, sent to the main process alone; and a worker that somebody kills."""
+    words = "--method rl --epochs 100000000 --num-seeds 2"
+    ends = ["SIGINT", "SIGTERM", "killed worker"]
+    for end in ends:
+        (tmp_path / end).mkdir()
+    programs_by_end = {end: start_program(tmp_path / end, words) for end in ends}
+    try:
+        for end, process in programs_by_end.items():
+            workers = workers_at_work(process, tmp_path / end)
+            if end == "killed worker":
+                os.kill(workers[0], signal.SIGKILL)
+            else:
+                process.send_signal(getattr(signal, end))
+            assert process.wait(30) != 0
+            assert_all_end(workers)
+            if end == "killed worker":
+                errors = process.communicate()[1]
+                assert process.returncode == 1
+                assert errors == "error: a worker process was killed, perhaps for lack of memory\n"
+    finally:
+        for process in programs_by_end.values():
+            end_program(process)
+
+
+def test_help_on_an_output_that_can_only_show_ascii(tmp_path):
+    process = start_program(tmp_path, "--help")
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and errors == "" and "log ?(y | x)" in printed
