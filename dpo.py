@@ -70,16 +70,21 @@ class Args:
     length_normalize: bool = False  # mean log-probability per token; another objective
 
 
+def is_writable(folder):
+    return folder.is_dir() and os.access(folder, os.W_OK)
+
+
 def check_args(args):
     """Exit with status 2 and one line if a flag's value makes no sense."""
-    runs = "runs" if os.path.lexists("runs") else "."
+    runs = Path("runs") if os.path.lexists("runs") else Path(".")
     save_path = args.save_path or Path("policy.pt")
+    folder = save_path.parent
     smoothing = args.label_smoothing
     rules = [
         (args.device == "cpu" or torch.cuda.is_available(), "--device cuda: no GPU is available"),
-        (not args.tensorboard or os.access(runs, os.W_OK), "cannot write runs/; --no-tensorboard"),
-        (os.access(save_path.parent, os.W_OK), f"--save-path {save_path}: cannot write there"),
-        (not save_path.is_dir(), f"--save-path {save_path} is a directory; name a file"),
+        (not args.tensorboard or is_writable(runs), "runs/ is not writable; use --no-tensorboard"),
+        (is_writable(folder), f"--save-path {save_path}: no folder there that can be written to"),
+        (not save_path.is_dir(), f"--save-path {save_path} is a folder; name a file"),
         (0 <= args.seed < 2**63, f"--seed {args.seed} must be 0 or more"),
         (args.sft_steps >= 0, f"--sft-steps {args.sft_steps} must be 0 or more"),
         (args.epochs >= 1, f"--epochs {args.epochs} must be at least 1"),
@@ -88,7 +93,7 @@ def check_args(args):
         (0 < args.max_grad_norm < 1e6, f"--max-grad-norm {args.max_grad_norm} must be positive"),
         (args.rounds >= 1, f"--rounds {args.rounds} must be at least 1"),
         (args.num_pairs >= 1, f"--num-pairs {args.num_pairs} must be at least 1"),
-        (args.num_pairs % max(args.rounds, 1) == 0, "--rounds must divide --num-pairs"),
+        (args.num_pairs % max(1, args.rounds) == 0, "--rounds must divide --num-pairs"),
         (
             0 < args.annotator_temperature < 1e6,
             f"--annotator-temperature {args.annotator_temperature} must be positive",
