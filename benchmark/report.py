@@ -124,7 +124,7 @@ def scripts_table():
             best = mean(column(result, "bayes_accuracy"))
             outcome = f"pair accuracy {accuracy} (Bayes {best:.3f})"
         if script == "digits_sum20.py":
-            accuracy = 100 * mean(column(result, "SL then RL/eval/accuracy"))
+            accuracy = 100 * mean(column(result, "sl-then-rl/eval/accuracy"))
             outcome = f"SL then RL: {accuracy:.1f} % correct"
         if script == "gpt2_sentiment.py":
             before = mean(column(result, "held_out_reward_before"))

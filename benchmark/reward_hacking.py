@@ -13,7 +13,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from run import RESULTS, average_points, execute, machine, read_curve
+from run import RESULTS, average_points, execute, machine, read_scalars, run_folder
 
 REWARD_MODEL = "reward_model.py --num-examples 1024 --ensemble-size 5 --save-path rm.pt"
 PPO = "ppo.py --reward-model ../rm.pt --total-episodes 15360 --learning-rate 5e-4"
@@ -35,12 +35,13 @@ def main():
             with tempfile.TemporaryDirectory() as folder:
                 execute(f"{REWARD_MODEL} {flags}", seed, args.threads, folder)
                 for kl_coef in args.kl_coefs:
-                    run_folder = Path(folder) / f"kl_coef_{kl_coef}"
-                    run_folder.mkdir()
-                    execute(f"{PPO} --kl-coef {kl_coef}", seed, args.threads, run_folder)
+                    ppo_folder = Path(folder) / f"kl_coef_{kl_coef}"
+                    ppo_folder.mkdir()
+                    execute(f"{PPO} --kl-coef {kl_coef}", seed, args.threads, ppo_folder)
+                    curves = read_scalars(run_folder(ppo_folder, "ppo.py"))
                     run = {"seed": seed, "uncertainty_coef": uncertainty_coef, "kl_coef": kl_coef}
                     for name, tag in CURVES.items():
-                        points = average_points(read_curve(run_folder, "ppo.py", tag), args.points)
+                        points = average_points(curves[tag], args.points)
                         run[name] = [value for _, value in points]
                     runs.append(run)
                     ends = {name: run[name][-1] for name in CURVES}

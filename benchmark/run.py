@@ -45,14 +45,6 @@ COMMANDS = {  # and their seeds
 }
 # Scripts whose saved file exact.py can evaluate.
 TOY_SCRIPTS = ["reinforce.py", "ppo.py", "grpo.py", "dpo.py", "reward_model.py"]
-# The program that runs a command: main returns more than it prints.
-PROGRAM = """
-import importlib, json, sys, tyro
-sys.path.insert(0, sys.argv[1])
-script = importlib.import_module(sys.argv[2].removesuffix(".py"))
-result = script.main(tyro.cli(script.Args, args=sys.argv[3:]))
-json.dump(result, open("result.json", "w"))
-"""
 
 
 def machine(threads):
@@ -82,8 +74,9 @@ def child_seconds():
 
 
 def execute(command, seed, threads, folder):
-    """Run a command in a folder: what main returned, what it printed, seconds, CPU seconds."""
-    words = [sys.executable, "-c", PROGRAM, str(ROOT), *command.split(), "--seed", str(seed)]
+    """Run a command in a folder. Returns the lines that it printed, seconds and CPU seconds."""
+    script, *flags = command.split()
+    words = [sys.executable, str(ROOT / script), *flags, "--seed", str(seed)]
     env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     cpu_start = child_seconds()
     start = time.time()
@@ -91,29 +84,53 @@ def execute(command, seed, threads, folder):
     seconds = time.time() - start
     if done.returncode != 0:
         sys.exit(f"{command} --seed {seed} failed:\n{done.stdout}{done.stderr}")
-    result = json.loads((Path(folder) / "result.json").read_text())
-    return result, done.stdout.splitlines(), seconds, child_seconds() - cpu_start
+    return done.stdout.splitlines(), seconds, child_seconds() - cpu_start
 
 
-def read_curve(folder, script, tag):
-    """Points [step, value] of a TensorBoard curve of a script that ran in folder."""
+def run_folder(folder, script):
+    """Where a script that ran in folder left its TensorBoard files."""
+    (run,) = (Path(folder) / "runs").glob(f"{script.removesuffix('.py')}__*")
+    return run
+
+
+def read_scalars(run):
+    """All TensorBoard curves in a folder: {tag: list of events with step, value, wall_time}."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    (run,) = (Path(folder) / "runs").glob(f"{script.removesuffix('.py')}__*")
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    if tag not in events.Tags()["scalars"]:
-        return []
-    return [[event.step, event.value] for event in events.Scalars(tag)]
+    accumulator = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    return {tag: accumulator.Scalars(tag) for tag in accumulator.Tags()["scalars"]}
 
 
-def average_points(points, number):
-    """About that many points: means of equally many values, at the last of their steps."""
-    size = max(1, len(points) // number)
-    averaged = []
-    for i in range(0, len(points) - size + 1, size):
-        values = [value for _, value in points[i : i + size]]
-        averaged.append([points[i + size - 1][0], round(sum(values) / size, 4)])
-    return averaged
+def read_results(run):
+    """The results that a run has logged.
+
+    eval/NAME is called NAME here, and its value before training NAME_before. digits_sum20.py
+    trains many networks: those of a row, in a folder ROW-SEED, are called ROW/TAG.
+    """
+    results = {}
+    for tag, events in read_scalars(run).items():
+        if tag.startswith("eval/"):
+            name = tag.removeprefix("eval/")
+            results[name] = events[-1].value
+            if len(events) > 1:
+                results[f"{name}_before"] = events[0].value
+    for folder in sorted(path for path in run.iterdir() if path.is_dir()):
+        row = folder.name.rpartition("-")[0]
+        for tag, events in read_scalars(folder).items():
+            results[f"{row}/{tag}"] = events[-1].value
+            results[f"{row}/seconds"] = events[-1].wall_time - events[0].wall_time
+    return results
+
+
+def average_points(events, number):
+    """A curve as about that many points [step, value]: means of equally many values."""
+    size = max(1, len(events) // number)
+    points = []
+    for i in range(0, len(events) - size + 1, size):
+        chunk = events[i : i + size]
+        value = sum(event.value for event in chunk) / size
+        points.append([chunk[-1].step, round(value, 4)])
+    return points
 
 
 def largest_fall(output):
@@ -131,8 +148,8 @@ def largest_fall(output):
 def measure(command, seed, threads):
     """One run of a command: a dict of all results, and what it printed.
 
-    success, kl, ... are exact if the script saves what exact.py evaluates; the sampled figures that
-    the script itself returned are then called sampled_success, sampled_kl, ... A command with
+    success, kl, ... are exact if the script saves what exact.py evaluates; the figures that the
+    script itself has sampled are then called sampled_success, sampled_kl, ... A command with
     --reward-model rm.pt gets that file from reward_model.py with the same seed.
     """
     script = command.split()[0]
@@ -142,13 +159,16 @@ def measure(command, seed, threads):
         full_command = command
         if script in TOY_SCRIPTS:
             full_command = f"{command} --save-path saved.pt"
-        result, output, seconds, cpu_seconds = execute(full_command, seed, threads, folder)
+        output, seconds, cpu_seconds = execute(full_command, seed, threads, folder)
+        run = run_folder(folder, script)
+        result = read_results(run)
         if script in TOY_SCRIPTS:
             sampled = {f"sampled_{name}": value for name, value in result.items()}
             result = {**sampled, **evaluate_file(Path(folder) / "saved.pt")}
-        curve = average_points(read_curve(folder, script, "charts/score"), 40)
+        curve = average_points(read_scalars(run).get("charts/score", []), 40)
     result = {name: round(value, 5) for name, value in result.items()}
-    result["largest_fall"] = round(largest_fall(output), 3)
+    if curve:
+        result["largest_fall"] = round(largest_fall(output), 3)
     result["seconds"] = round(seconds, 1)
     result["cpu_seconds"] = round(cpu_seconds, 1)
     return {"seed": seed, **result, "curve": curve}, output
