@@ -374,12 +374,7 @@ def run(**flags):
 def weights_and_gradients(parameters, max_norm):
     """What is known of a gradient step before it is taken: (weights, gradients)."""
     weights = [parameter.detach().clone() for parameter in parameters]
-    gradients = []
-    for parameter in parameters:
-        if parameter.grad is None:
-            gradients.append(torch.zeros_like(parameter))
-        else:
-            gradients.append(parameter.grad.clone())
+    gradients = [parameter.grad.clone() for parameter in parameters]
     return weights, gradients
 
 
@@ -538,11 +533,9 @@ def test_every_step_of_training_by_hand(monkeypatch, tmp_path, flags):
         loss, metrics, mean_return = loss_by_hand(
             args, policy, critic, reference, prompts, responses, running_mean
         )
-        expected = torch.autograd.grad(loss, parameters, allow_unused=True)
-        for found, gradient, weight in zip(gradients, expected, weights, strict=True):
-            if gradient is None:
-                gradient = torch.zeros_like(weight)
-            torch.testing.assert_close(found.double(), gradient.double(), atol=1e-5, rtol=1e-3)
+        expected = torch.autograd.grad(loss, parameters)
+        for found, gradient in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(found.double(), gradient, atol=1e-5, rtol=1e-3)
         metrics["losses/grad_norm"] = grad_norm.item()
         assert grad_norm.item() == pytest.approx(flatten(gradients).norm().item(), rel=1e-5)
         for tag, value in metrics.items():
