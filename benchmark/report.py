@@ -60,11 +60,18 @@ def place(machine):
     )
 
 
+def seed_range(seeds):
+    """1 to 5, or 1, 3, 7."""
+    if len(seeds) > 2 and seeds == list(range(seeds[0], seeds[-1] + 1)):
+        return f"{seeds[0]} to {seeds[-1]}"
+    return ", ".join(map(str, seeds))
+
+
 def footnote(results):
     """What stands below a table: command, seeds and machine of these results."""
     commands = sorted({result["command"] for result in results.values()})
-    seeds = sorted({tuple(column(result, "seed")) for result in results.values()})
-    seeds = " or ".join(", ".join(map(str, numbers)) for numbers in seeds)
+    seeds = sorted({seed_range(column(result, "seed")) for result in results.values()})
+    seeds = " or ".join(seeds)
     machine = dict(next(iter(results.values()))["machine"])
     for name in ["date", "commit"]:
         machine[name] = ", ".join(sorted({r["machine"][name] for r in results.values()}))
@@ -138,12 +145,9 @@ def scripts_table():
 def policies_table():
     """Exact results of the scripts that train a policy, and of the whole pipeline."""
     results = load("runs")
-    kept = {
-        command: results[command] for command in results if "success" in results[command]["runs"][0]
-    }
-    kept = {command: kept[command] for command in kept if command.split()[0] in POLICY_SCRIPTS}
+    results = {c: results[c] for c in results if c.split()[0] in POLICY_SCRIPTS}
     columns = {"success before": "success_before", **POLICY_COLUMNS, "entropy, nats": "entropy"}
-    return metrics_table(kept, "command", columns)
+    return metrics_table(results, "command", columns)
 
 
 def sampled_table():
@@ -204,7 +208,7 @@ def reward_data_table():
     columns = {
         "distance of r from R/τ": "gap",
         "size of R/τ": "gap_of_zero",
-        "accuracy": "accuracy",
+        "pair accuracy": "accuracy",
     }
     return metrics_table(load("reward_data"), "command", columns)
 
@@ -249,7 +253,7 @@ def hacking_table():
             cells.append(spread([run[name][0] for run in runs], 2))
             cells.append(spread([run[name][-1] for run in runs], 2))
         lines.append(row([*cells, spread([run["kl"][-1] for run in runs], 2)]))
-    seeds = ", ".join(map(str, sorted({run["seed"] for run in found["runs"]})))
+    seeds = seed_range(sorted({run["seed"] for run in found["runs"]}))
     note = f"`{found['command']}`: seeds {seeds}, mean ± standard deviation."
     return "\n".join([*lines, "", f"{note} {place(found['machine'])}"])
 

@@ -1,5 +1,6 @@
 """benchmark/exact.py against a second enumeration, by loops, and against sampling."""
 
+import importlib
 import itertools
 import math
 import sys
@@ -7,7 +8,11 @@ import sys
 import exact
 import oracle
 import pytest
+import report
+import run
 import torch
+import tyro
+import variants
 
 import ppo
 
@@ -408,3 +413,47 @@ def test_command_prints_every_metric_and_draws_the_policy(
     for name, value in exact.evaluate_file(trained).items():
         assert name.replace("_", " ") in printed and f"{value:.4f}" in printed
     assert figure.stat().st_size > 1000
+
+
+# ---------------------------------------------------------------------------- The benchmarks
+def test_commands_of_the_benchmarks_are_understood():
+    commands = [*run.COMMANDS, *variants.COMMANDS]
+    assert len(commands) > 30
+    for command in commands:
+        script, *flags = command.split()
+        module = importlib.import_module(script.removesuffix(".py"))
+        args = tyro.cli(module.Args, args=flags)
+        if script in run.TOY_SCRIPTS:
+            module.check_args(args)
+
+
+def test_the_largest_fall_is_below_the_best_so_far():
+    scores = [0.5, 0.7, 0.65, 0.9, 0.8, 0.85]
+    output = [f"episode  256  score {score:.3f}  KL 0.1" for score in scores]
+    assert run.largest_fall(["ppo__1: 100 parameters", *output]) == pytest.approx(0.1)
+    assert run.largest_fall(output[:2]) == 0
+
+
+def test_a_run_of_the_benchmark_has_exact_and_sampled_results():
+    command = "ppo.py --total-episodes 512 --batch-size 128 --sft-steps 20"
+    found, output = run.measure(command, 3, 1)
+    assert output[-1].startswith("held-out success")
+    assert found["sampled_success"] == pytest.approx(float(output[-1].split()[4]), abs=6e-4)
+    assert abs(found["sampled_success"] - found["success"]) < 5 * found["sampled_success_error"]
+    assert abs(found["sampled_kl"] - found["kl"]) < 5 * found["sampled_kl_error"]
+    assert [episodes for episodes, _ in found["curve"]] == [128, 256, 384, 512]
+    assert found["seed"] == 3 and found["cpu_seconds"] > 0
+
+
+def test_tables_are_made_of_results_and_stay_without_them(tmp_path, monkeypatch):
+    text = "a\n<!-- begin kl_coef -->\nold\n<!-- end kl_coef -->\nb"
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert report.render(text) == text
+    metrics = {"success": 0.9, "normalised_gain": 0.8, "kl": 0.5, "entropy": 1.5}
+    runs = [{"seed": seed, **metrics} for seed in [1, 2, 3]]
+    result = {"command": "python x.py", "machine": run.machine(1), "output": [], "runs": runs}
+    run.save_results(tmp_path / "kl_coef.json", {"ppo.py --kl-coef 0.1": result})
+    table = report.render(text)
+    assert "| `ppo.py --kl-coef 0.1` | 0.900 ± 0.000 | 0.800 ± 0.000 |" in table
+    assert "`python x.py`: seeds 1 to 3" in table and "old" not in table
+    assert report.render(table) == table
