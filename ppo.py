@@ -206,47 +206,52 @@ class GPT(nn.Module):
 class RewardModel(nn.Module):
     """Prompts (B, P) and responses (B, R) to scores (B,), learned by reward_model.py.
 
-    The score is the mean of an ensemble, minus uncertainty_coef times its standard deviation.
+    The score is the mean of an ensemble of K members, minus uncertainty_coef times their standard
+    deviation (over K): a lower confidence bound.
     """
 
-    def __init__(self, ensemble_size, anchors, uncertainty_coef):
+    def __init__(self, ensemble_size, uncertainty_coef):
         super().__init__()
         self.members = nn.ModuleList([GPT(outputs=1) for _ in range(ensemble_size)])
-        self.anchors = anchors  # (A, R), some responses of the reference
+        self.reference = GPT()  # the policy whose responses the members learned from
         self.uncertainty_coef = uncertainty_coef
 
+    def member_scores(self, prompts, responses):
+        return torch.stack([response_scores(gpt, prompts, responses) for gpt in self.members])
+
     def forward(self, prompts, responses):
-        scores = torch.stack([response_scores(gpt, prompts, responses) for gpt in self.members])
+        scores = self.member_scores(prompts, responses)  # (K, B)
         if self.uncertainty_coef == 0:
             return scores.mean(0)
-        # Preferences leave every member a constant of its own per prompt. Measure the scores from
-        # those of the same few responses, so that the deviation does not count these constants.
-        centred = scores
-        for anchor in self.anchors:
-            anchor = anchor.expand_as(responses)
-            anchor_scores = [response_scores(gpt, prompts, anchor) for gpt in self.members]
-            centred = centred - torch.stack(anchor_scores) / len(self.anchors)
-        return scores.mean(0) - self.uncertainty_coef * centred.std(0, correction=0)
+        # Preferences leave every member a constant of its own per prompt, which says nothing about
+        # the response. To keep it out of the deviation, subtract from the scores of each member its
+        # mean score of four responses of the reference to the same prompt.
+        mean_scores = torch.zeros_like(scores)
+        for _ in range(4):
+            samples = generate(self.reference, prompts, 1.0)
+            mean_scores += self.member_scores(prompts, samples) / 4
+        deviation = (scores - mean_scores).std(0, correction=0)
+        return scores.mean(0) - self.uncertainty_coef * deviation
 
 
 def load_reward_model(path, device):
     """Load what reward_model.py saved. Anything else ends the program with one line."""
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
-        anchors = saved["anchors"].view(-1, RESPONSE_LENGTH)
-        reward_model = RewardModel(len(saved["members"]), anchors, float(saved["uncertainty_coef"]))
+        reward_model = RewardModel(len(saved["members"]), float(saved["uncertainty_coef"]))
+        reward_model.reference.load_state_dict(saved["reference"])
         for gpt, weights in zip(reward_model.members, saved["members"], strict=True):
             gpt.load_state_dict(weights)
-        reward_model = reward_model.to(device).requires_grad_(False)
-        # Score a response, so that whatever is wrong with the file shows here.
-        prompt = torch.zeros(1, 3, dtype=torch.long, device=device)
-        if not reward_model(prompt, prompt).isfinite().all():
+        finite = all(weight.isfinite().all() for weight in reward_model.parameters())
+        if not finite or len(reward_model.members) == 0:
+            raise ValueError
+        if not 0 <= reward_model.uncertainty_coef < 1e6:
             raise ValueError
     except Exception as error:  # a file can be wrong in any number of ways
         reason = f"not a file of reward_model.py, or damaged ({type(error).__name__})"
         print(f"error: --reward-model {path}: {reason}", file=sys.stderr)
         sys.exit(2)
-    return reward_model
+    return reward_model.to(device).requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------- Sampling
