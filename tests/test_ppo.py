@@ -6,6 +6,7 @@ import pickle
 
 import exact
 import oracle
+import programs
 import pytest
 import torch
 
@@ -350,32 +351,41 @@ def test_evaluation_samples_16_responses_per_prompt(monkeypatch):
 
 
 # ---------------------------------------------------------------------------- Reward model
-ANCHORS = torch.tensor([[7, 3, 10], [10, 10, 10], [1, 10, 10], [2, 2, 2]])
-
-
 def make_reward_model(members=3, uncertainty_coef=0.5):
-    model = ppo.RewardModel(members, ANCHORS, uncertainty_coef)
+    model = ppo.RewardModel(members, uncertainty_coef)
     model.members = torch.nn.ModuleList([make_gpt(seed, outputs=1) for seed in range(members)])
+    model.reference = make_gpt(9)
+    with torch.no_grad():
+        model.reference.head.bias[EOS] += 1  # so that some of its responses are short
     return model
 
 
+def member_score(gpt, prompt, response):
+    """Score of a response, given by its real tokens, from one pass over these."""
+    return gpt.head(gpt(torch.tensor([[*prompt, *response]])))[0, -1, 0].item()
+
+
 @torch.no_grad()
-def test_score_is_the_mean_less_the_deviation_of_centred_scores():
+def test_score_is_the_mean_less_the_deviation_of_centred_scores(monkeypatch):
+    """Centred on four responses of the reference to the same prompt."""
     model = make_reward_model()
     cases = [(PROMPT, (7, 3, 10)), (PROMPT, (10,)), ((9, 9, 0), (2, 10)), ((1, 2, 3), (4, 5, 6))]
     prompts = torch.tensor([prompt for prompt, _ in cases])
     responses = torch.tensor([[*y, 10, 10][:3] for _, y in cases])
+    samples = programs.spy(monkeypatch, ppo, "generate")
     found = model(prompts, responses)
+    assert len(samples) == 4
+    for (policy, sampled_for, temperature), _, _ in samples:
+        assert policy is model.reference
+        assert torch.equal(sampled_for, prompts)
+        assert temperature == 1.0
+    assert len({tuple(sample.flatten().tolist()) for _, sample, _ in samples}) == 4
     for row, (prompt, response) in enumerate(cases):
-        scores = []
-        centred = []
-        for gpt in model.members:
-            score = gpt.head(gpt(torch.tensor([[*prompt, *response]])))[0, -1, 0].item()
-            baseline = 0.0
-            for anchor in map(real_tokens, ANCHORS.tolist()):
-                baseline += gpt.head(gpt(torch.tensor([[*prompt, *anchor]])))[0, -1, 0].item() / 4
-            scores.append(score)
-            centred.append(score - baseline)
+        scores = [member_score(gpt, prompt, response) for gpt in model.members]
+        centred = list(scores)
+        for k, gpt in enumerate(model.members):
+            for _, sample, _ in samples:
+                centred[k] -= member_score(gpt, prompt, real_tokens(sample[row].tolist())) / 4
         expected = sum(scores) / 3 - 0.5 * oracle.deviation(centred)
         assert oracle.deviation(centred) > 0.01
         assert found[row].item() == pytest.approx(expected, abs=1e-9)
@@ -387,6 +397,7 @@ def test_a_constant_of_a_member_and_a_prompt_does_not_count(monkeypatch):
     model = make_reward_model()
     prompts = torch.tensor([PROMPT, PROMPT, (9, 9, 0)])
     responses = torch.tensor([[7, 3, 10], [7, 10, 10], [2, 0, 10]])
+    torch.manual_seed(0)
     before = model(prompts, responses)
     response_scores = ppo.response_scores
 
@@ -397,6 +408,7 @@ def test_a_constant_of_a_member_and_a_prompt_does_not_count(monkeypatch):
         return scores
 
     monkeypatch.setattr(ppo, "response_scores", shifted)
+    torch.manual_seed(0)
     after = model(prompts, responses)
     shift = (3.0 * prompts[:, 0] + 1.0) / 3  # of the mean of three members
     torch.testing.assert_close(after, before + shift)
@@ -414,8 +426,11 @@ def test_score_without_uncertainty_is_the_mean(members, uncertainty_coef):
 
 def reward_model_file(**changes):
     """What reward_model.py saves, with changes."""
-    members = [member.float().state_dict() for member in make_reward_model().members]
-    return {"members": members, "anchors": ANCHORS, "uncertainty_coef": 0.5} | changes
+    model = make_reward_model().float()
+    members = [copy.deepcopy(member.state_dict()) for member in model.members]
+    reference = copy.deepcopy(model.reference.state_dict())
+    saved = {"members": members, "reference": reference, "uncertainty_coef": 0.5}
+    return saved | {"args": {"seed": "1"}} | changes
 
 
 @torch.no_grad()
@@ -423,11 +438,14 @@ def reward_model_file(**changes):
 def test_a_saved_reward_model_is_loaded(members, tmp_path):
     saved = reward_model_file()
     saved["members"] = saved["members"][:members]
-    torch.save(saved | {"args": {"seed": "1"}}, tmp_path / "model.pt")
+    torch.save(saved, tmp_path / "model.pt")
     loaded = ppo.load_reward_model(tmp_path / "model.pt", "cpu")
     prompts, _, _, _ = ppo.make_prompts("cpu")
     responses = exact.all_responses()[:729]
-    expected = make_reward_model(members).float()(prompts, responses)
+    original = make_reward_model(members).float()
+    torch.manual_seed(0)
+    expected = original(prompts, responses)
+    torch.manual_seed(0)
     torch.testing.assert_close(loaded(prompts, responses), expected)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
@@ -456,6 +474,10 @@ def wrong_files(folder):
     wide["members"][0]["head.weight"] = torch.zeros(11, 64)
     no_members = reward_model_file()
     del no_members["members"]
+    no_reference = reward_model_file()
+    del no_reference["reference"]
+    nan_reference = reward_model_file()
+    nan_reference["reference"]["position.weight"][5, 0] = math.nan
     gpt = ppo.GPT().state_dict()
     return {
         "policy": {"args": {}, "policy": gpt, "reference": gpt},
@@ -470,11 +492,10 @@ def wrong_files(folder):
         "nan coefficient": reward_model_file(uncertainty_coef=math.nan),
         "negative coefficient": reward_model_file(uncertainty_coef=-1.0),
         "text coefficient": reward_model_file(uncertainty_coef="high"),
-        "anchors of text": reward_model_file(anchors=[1, 2, 3]),
-        "anchors of another length": reward_model_file(anchors=torch.zeros(2, 2).long()),
-        "anchors beyond the vocabulary": reward_model_file(anchors=torch.tensor([[1, 2, 11]])),
-        "anchors below the vocabulary": reward_model_file(anchors=torch.tensor([[1, -2, 10]])),
-        "anchors that are no tokens": reward_model_file(anchors=torch.tensor([[0.5, 2.0, 10.0]])),
+        "infinite coefficient": reward_model_file(uncertainty_coef=math.inf),
+        "no reference": no_reference,
+        "reference without weights": reward_model_file(reference={}),
+        "nan in the reference": nan_reference,
         "a list": [1, 2, 3],
         "code": reward_model_file(extra=Malicious(folder / "created")),
     }

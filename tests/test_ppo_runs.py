@@ -491,27 +491,33 @@ def test_rewards_that_are_not_finite_stop_the_run(monkeypatch):
 
 
 # ---------------------------------------------------------------------------- Reward model
-def save_reward_model(path, uncertainty_coef=0.5):
+def save_reward_model(path):
     torch.manual_seed(7)
     members = [ppo.GPT(outputs=1).state_dict() for _ in range(2)]
-    anchors = torch.tensor([[7, 3, 10], [10, 10, 10]])
-    saved = {"members": members, "anchors": anchors, "uncertainty_coef": uncertainty_coef}
-    torch.save(saved, path)
+    reference = ppo.GPT().state_dict()
+    torch.save({"members": members, "reference": reference, "uncertainty_coef": 0.5}, path)
 
 
 def test_a_reward_model_is_what_is_maximised(monkeypatch, tmp_path):
     save_reward_model(tmp_path / "reward.pt")
-    rollouts = programs.spy_on_rollouts(monkeypatch, ppo)
+    rollouts = programs.spy_on_rollouts(monkeypatch, ppo, Updates.copy_policy)
+    judged = programs.spy(monkeypatch, ppo.RewardModel, "forward")
     paid = programs.record(monkeypatch, ppo, "token_rewards")
     curves = programs.record_curves(monkeypatch, ppo)
     run(reward_model=tmp_path / "reward.pt", tensorboard=True)
-    model = ppo.load_reward_model(tmp_path / "reward.pt", "cpu")
-    for i, ((_, prompts, _), responses, _) in enumerate(rollouts):
-        scores = model(prompts, responses)
-        torch.testing.assert_close(paid["token_rewards"][i]["scores"], scores)
+    (model, *_), _, _ = judged[0]
+    assert model.uncertainty_coef == 0.5
+    samples = [call for call in rollouts if call[0][0] is not model.reference]
+    assert len(samples) == len(judged) == 2
+    for i, ((_, prompts, _), responses, _) in enumerate(samples):
+        (_, judged_prompts, judged_responses), scores, _ = judged[i]
+        assert torch.equal(judged_prompts, prompts)
+        assert torch.equal(judged_responses, responses)
+        assert torch.equal(paid["token_rewards"][i]["scores"], scores)
         assert curves["charts/score"][i][1] == pytest.approx(scores.mean().item(), abs=1e-5)
         true_score = ppo.reward(20 - prompts.sum(1), responses).mean().item()
         assert curves["charts/true_score"][i][1] == pytest.approx(true_score)
+        assert not scores.requires_grad
     assert 0 <= programs.values(curves["eval/success"])[1] <= 1
 
 
