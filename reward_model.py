@@ -1,25 +1,26 @@
-"""Reward models: learn from people's judgements what to pay, for ppo.py, grpo.py or reinforce.py.
+"""Reward models for language models: learn from human feedback what makes a response good.
 
-    minimise over r:  -E[log σ(h)],  h = r(x, y_chosen) - r(x, y_rejected)
+    minimise over r:  L(r) = -E[log σ(h)],   h = r(x, y_chosen) - r(x, y_rejected)
 
-A GPT reads prompt and response; its one output at the last real token is the score r(x, y). Three
-kinds of judgements can teach it, and all make it tend to R/τ, the true reward R in units of the
-judge's noise τ:
+A GPT reads prompt and response; its one output at the last token is the score r(x, y). Collect
+feedback, then take gradient steps on the loss for that kind of feedback. R is the true reward and
+τ how noisy the annotator is:
 
   preferences     A is preferred to B with odds exp((R(A) - R(B)) / τ) (Bradley & Terry 1952;
-                  Christiano et al. 2017, arXiv:1706.03741). Fixes r up to a constant a prompt.
-  labels          y is called good with odds exp((R(y) - ½) / τ): compared, so to speak, with a
-                  response worth ½. A binary classifier; its logit is r, without the constant.
-  demonstrations  y is written with probability ∝ π_ref(y|x) exp(R(y) / τ). Maximum-entropy inverse
-                  RL (Ziebart et al. 2008) with π_ref as prior: maximise log p(y|x) for
-                  p ∝ π_ref exp(r). At the optimum r = log p/π_ref, the demonstrator's
-                  log-probability beyond the reference's, up to a constant a prompt.
+                  Christiano et al. 2017, arXiv:1706.03741). The loss above. r tends to R/τ, plus
+                  any constant per prompt, since the loss sees differences only.
+  labels          y is called good with odds exp((R(y) - ½) / τ). The loss of a classifier. r tends
+                  to (R - ½)/τ, with no constant left free.
+  demonstrations  y is written with probability ∝ π_ref(y|x) · exp(R(y) / τ): maximum-entropy
+                  inverse RL (Ziebart et al. 2008) with π_ref as prior. Tell the demonstration from
+                  samples (ranking NCE: Ma & Collins 2018, arXiv:1809.01812). r tends to R/τ, plus
+                  any constant per prompt.
 
-The task: given three digits, write two more and EOS, so that all five sum to 20. A small GPT is
-fitted to right answers and frozen as the reference; its samples are judged. To adapt it, replace
-task, policy, and the synthetic annotator by people: --annotate, or a file of their judgements.
+The task: given three digits, write two more and EOS so that all five sum to 20. A small GPT is
+first trained on correct answers (SFT). It is the reference; its responses are judged by a simulated
+annotator, or by you. To use your own task or model, replace the sections "Task" and "Model".
 
-    python reward_model.py --save-path rm.pt && python ppo.py --reward-model rm.pt    # 0.59 -> 0.99
+    python reward_model.py --save-path rm.pt && python ppo.py --reward-model rm.pt
     python reward_model.py --annotate 50 --preferences mine.jsonl    # judge pairs yourself, then
     python reward_model.py --preferences mine.jsonl                  # learn; --help lists all flags
 """
@@ -49,166 +50,252 @@ from torch.utils.tensorboard import SummaryWriter
 
 @dataclass
 class Args:
-    seed: int = 1  # seed of everything random but the split into training and held-out prompts
-    device: Literal["cpu", "cuda"] = "cpu"  # for the toy's tiny tensors cpu is the faster one
-    tensorboard: bool = True  # write curves and more to runs/, for tensorboard --logdir runs
-    save_path: Path | None = None  # file for the final weights and arguments
-    sft_steps: int = 100  # supervised steps that make the reference; 0 starts from scratch
-    learning_rate: float = 1e-3  # of AdamW; rises over a tenth of the run, then falls to 0
-    max_grad_norm: float = 1.0  # gradients longer than this are scaled down to it
+    seed: int = 1  # random seed (the train/held-out split of the prompts is fixed)
+    device: Literal["cpu", "cuda"] = "cpu"  # for this tiny model the CPU is faster
+    tensorboard: bool = True  # log curves to runs/ (view with: tensorboard --logdir runs)
+    save_path: Path | None = None  # file for the reward model, the reference and the flags
 
+    # Feedback
+    sft_steps: int = 100  # supervised steps before RL; 0 starts from random weights
+    policy: Path | None = None  # judge responses of this saved policy, instead of the reference's
     learn_from: Literal["preferences", "labels", "demonstrations"] = "preferences"  # see above
-    num_responses: int = 11_664  # sampled for the annotator, prompts in turn; or demonstrations
-    group_size: int = 8  # responses to one prompt; with preferences all their pairs are judged
+    num_examples: int = 8_192  # preference pairs, labelled responses or demonstrations
+    num_samples: int = 7  # samples to tell each demonstration from
     annotator_temperature: float = 0.5  # τ: prefers A to B with odds exp((R(A) - R(B)) / τ)
-    preferences: Path | None = None  # file of judgements, JSON lines; without it, an annotator's
-    annotate: int | None = None  # let a person judge until --preferences holds so many, then stop
-    epochs: int = 6  # passes over the judgements
-    minibatch_size: int = 8  # prompts a gradient step, each with all judgements about it
-    weight_decay: float = 1.0  # of AdamW: without a strong one the noise of the judge is learned
-    ensemble_size: int = 1  # models; where they disagree, none of them is to be trusted
+    preferences: Path | None = None  # JSON lines of preference pairs; without it, an annotator's
+    annotate: int | None = None  # judge pairs yourself until --preferences has this many, then stop
+
+    # Training
+    epochs: int = 4  # passes over the examples
+    minibatch_size: int = 64  # examples per gradient step
+    learning_rate: float = 1e-3  # peak learning rate; linear warmup over 10%, then linear decay
+    max_grad_norm: float = 1.0  # maximum norm for gradient clipping
+    weight_decay: float = 1.0  # of AdamW; so strong that the annotator's noise is not memorised
+
+    # Ensemble
+    ensemble_size: int = 1  # number of models, trained one after another; their mean is the score
+    uncertainty_coef: float = 0.0  # subtract this many standard deviations of the ensemble's scores
 
 
-def check(args, flags, valid, why):
-    """End the program, status 2, with one line if a value is neither None (off) nor valid."""
-    for flag in flags.split():
-        value = getattr(args, flag)
-        if value is not None and not valid(value):
-            print(f"error: --{flag.replace('_', '-')} {value}: {why}", file=sys.stderr)
-            sys.exit(2)
+def is_writable(folder):
+    return folder.is_dir() and os.access(folder, os.W_OK)
 
 
 def check_args(args):
-    counts = "num_responses annotate epochs minibatch_size ensemble_size"
-    check(args, counts, lambda v: v >= 1, "must be 1 or more")
-    positive = "learning_rate max_grad_norm annotator_temperature"
-    check(args, positive, lambda v: 0 < v < 2**63, "must be above 0, and finite")
-    amounts = "seed sft_steps weight_decay"
-    check(args, amounts, lambda v: 0 <= v < 2**63, "must be 0 or more, and finite")
-    size = args.group_size
-    check(args, "group_size", lambda v: v >= 2, "must be 2 or more, to compare")
-    check(args, "num_responses", lambda v: v >= size, f"is less than one --group-size {size}")
-    path = args.preferences
-    usable = path is not None and os.access(path.parent, os.W_OK) and not path.is_dir()
-    check(args, "annotate", lambda v: usable, "needs a --preferences FILE that can be written")
-    ignored = [] if args.preferences is None else ["num_responses", "group_size", "learn_from"]
+    """Exit with status 2 and one line if a flag's value makes no sense."""
+    runs = Path("runs") if os.path.lexists("runs") else Path(".")
+    save_path = args.save_path or Path("rm.pt")
+    folder = save_path.parent
+    rules = [
+        (args.device == "cpu" or torch.cuda.is_available(), "--device cuda: no GPU is available"),
+        (not args.tensorboard or is_writable(runs), "runs/ is not writable; use --no-tensorboard"),
+        (is_writable(folder), f"--save-path {save_path}: no folder there that can be written to"),
+        (not save_path.is_dir(), f"--save-path {save_path} is a folder; name a file"),
+        (0 <= args.seed < 2**63, f"--seed {args.seed} must be 0 or more"),
+        (args.sft_steps >= 0, f"--sft-steps {args.sft_steps} must be 0 or more"),
+        (args.num_examples >= 1, f"--num-examples {args.num_examples} must be at least 1"),
+        (args.num_samples >= 1, f"--num-samples {args.num_samples} must be at least 1"),
+        (0 < args.annotator_temperature < 1e6, "--annotator-temperature must be positive"),
+        (args.epochs >= 1, f"--epochs {args.epochs} must be at least 1"),
+        (args.minibatch_size >= 1, f"--minibatch-size {args.minibatch_size} must be at least 1"),
+        (0 < args.learning_rate < 1, f"--learning-rate {args.learning_rate} must be in (0, 1)"),
+        (0 < args.max_grad_norm < 1e6, f"--max-grad-norm {args.max_grad_norm} must be positive"),
+        (0 <= args.weight_decay < 1e3, f"--weight-decay {args.weight_decay} must be 0 or more"),
+        (args.ensemble_size >= 1, f"--ensemble-size {args.ensemble_size} must be at least 1"),
+        (0 <= args.uncertainty_coef < 1e6, "--uncertainty-coef must be 0 or more"),
+    ]
     if args.annotate is not None:
-        ignored += "learning_rate max_grad_norm annotator_temperature epochs".split()
-        ignored += "minibatch_size weight_decay ensemble_size save_path".split()
-    for flag in ignored:
-        default, why = getattr(Args, flag), "is not read with the other flags; leave it out"
-        check(args, flag, lambda v, default=default: v == default, why)
-    check(args, "device", lambda v: v == "cpu" or torch.cuda.is_available(), "is not here; use cpu")
-    runs = "runs" if os.path.lexists("runs") else "."
-    usable = os.path.isdir(runs) and os.access(runs, os.W_OK)
-    check(args, "tensorboard", lambda v: usable or not v, "cannot fill runs/; use --no-tensorboard")
-    why = "cannot be written; name a file in a folder that exists"
-    check(args, "save_path", lambda v: v.parent.is_dir() and not v.is_dir(), why)
-    check(args, "save_path", lambda v: os.access(v.parent, os.W_OK), why)
+        rules.append((args.annotate >= 1, f"--annotate {args.annotate} must be at least 1"))
+        rules.append((args.preferences is not None, "--annotate needs --preferences FILE"))
+
+    # Flags that would not be read with the others.
+    unread = []
+    if args.policy is not None:
+        unread += ["sft_steps"]
+    if args.ensemble_size == 1:
+        unread += ["uncertainty_coef"]
+    if args.learn_from != "demonstrations":
+        unread += ["num_samples"]
+    if args.preferences is not None:
+        unread += ["learn_from", "num_examples"]
+    if args.annotate is not None:
+        unread += ["save_path", "annotator_temperature", "epochs", "minibatch_size"]
+        unread += ["learning_rate", "max_grad_norm", "weight_decay", "ensemble_size"]
+    for name in unread:
+        is_default = getattr(args, name) == getattr(Args, name)
+        flag = "--" + name.replace("_", "-")
+        rules.append((is_default, f"{flag} has no effect with the other flags; leave it out"))
+
+    for valid, error in rules:
+        if not valid:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
 
 
-# ------------------------------------------------------------------ The task: replace by your own
-EOS, VOCAB, TARGET = 10, 11, 20  # the digits 0 to 9 are their own tokens
+# ---------------------------------------------------------------------------- Task
+# Tokens 0 to 9 are the digits.
+EOS = 10
+VOCAB = 11
+TARGET = 20
 RESPONSE_LENGTH = 3  # two digits and EOS
 
 
-def make_prompts():
-    """The 912 prompts that two digits can complete, split alike whatever the seed: (N, 3) each."""
-    prompts = torch.cartesian_prod(*[torch.arange(10)] * 3)
-    prompts = prompts[(prompts.sum(1) <= TARGET) & (prompts.sum(1) >= TARGET - 18)]
-    prompts = prompts[random.Random(TARGET).sample(range(912), 912)]
-    return prompts[:729], prompts[729:]  # to train on, held out
+def make_prompts(device):
+    """All 912 solvable prompts, in a fixed random order: 729 to train on, 183 held out.
+
+    Returns training prompts (729, 3) and targets (729,), then the held-out ones. The target is the
+    sum that the two digits of the response must have.
+    """
+    digits = torch.arange(10)
+    prompts = torch.cartesian_prod(digits, digits, digits)
+    targets = TARGET - prompts.sum(1)
+    solvable = (targets >= 0) & (targets <= 18)
+    prompts = prompts[solvable].to(device)
+    targets = targets[solvable].to(device)
+    order = random.Random(TARGET).sample(range(912), 912)
+    train = order[:729]
+    test = order[729:]
+    return prompts[train], targets[train], prompts[test], targets[test]
 
 
-def make_demonstrations(prompts):
-    """Every right answer to every prompt: prompts (N, 3), responses (N, 3)."""
-    pairs = torch.cartesian_prod(*[torch.arange(10, device=prompts.device)] * 2)
-    row, pair = torch.where(prompts.sum(1)[:, None] + pairs.sum(1) == TARGET)
+def make_demonstrations(prompts, targets):
+    """Every correct response to every prompt: prompts (N, 3) and responses (N, 3)."""
+    digits = torch.arange(10, device=prompts.device)
+    pairs = torch.cartesian_prod(digits, digits)
+    row, pair = torch.where(targets[:, None] == pairs.sum(1))
     return prompts[row], F.pad(pairs[pair], (0, 1), value=EOS)
 
 
-def reward(prompts, responses, kind="exact"):
-    """Scores (B,) of whole responses. Malformed ones, not two digits and EOS, score 0."""
+def reward(targets, responses):
+    """1 if the response is two digits with the target as their sum, and then EOS; else 0. (B,)"""
     well_formed = (responses[:, :2] != EOS).all(1) & (responses[:, 2] == EOS)
-    miss = (prompts.sum(1) + responses[:, :2].sum(1) - TARGET).abs()
-    scores = {"exact": miss == 0, "sharp": (-miss / 2).exp(), "distance": (1 - miss / 10).relu()}
-    return torch.where(well_formed, scores[kind], 0.0)
+    return (well_formed & (responses[:, :2].sum(1) == targets)).float()
 
 
-# ------------------------------------------------------------------ The policy: a small GPT
+# ---------------------------------------------------------------------------- Model
 class Block(nn.Module):
-    """Pre-LN transformer block: (B, T, D) to (B, n, D), the last n of T; at first the identity."""
+    """Pre-LN transformer block, (B, T, D) to (B, T, D)."""
 
     def __init__(self, width, heads):
         super().__init__()
-        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        nn.init.zeros_(self.proj.weight), nn.init.zeros_(self.down.weight)
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+        nn.init.zeros_(self.proj.weight)  # so that the block starts as the identity
+        nn.init.zeros_(self.down.weight)
 
-    def forward(self, x, n):
-        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        past = torch.ones(n, x.shape[1], dtype=torch.bool, device=x.device).tril(x.shape[1] - n)
-        mixed = F.scaled_dot_product_attention(q[:, :, -n:], k, v, attn_mask=past)  # (B, H, n, D/H)
-        x = x[:, -n:] + self.proj(mixed.transpose(1, 2).flatten(2))
+    def forward(self, x):
+        B, T, D = x.shape
+        qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.proj(y.transpose(1, 2).reshape(B, T, D))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
 class GPT(nn.Module):
-    """Tokens (B, T) to hidden states (B, n, D) of the last n (all, if None), which self.head turns
-    into logits (or into values)."""
+    """Tokens (B, T) to hidden states (B, T, D); head maps these to logits (or to a score)."""
 
     def __init__(self, outputs=VOCAB, width=64, layers=2, heads=4, context=6):
         super().__init__()
-        self.embed, self.position = nn.Embedding(VOCAB, width), nn.Embedding(context, width)
+        self.embed = nn.Embedding(VOCAB, width)
+        self.position = nn.Embedding(context, width)
         self.blocks = nn.ModuleList([Block(width, heads) for _ in range(layers)])
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, outputs)
-        nn.init.normal_(self.embed.weight, std=0.2), nn.init.normal_(self.position.weight, std=0.2)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, outputs)
+        nn.init.normal_(self.embed.weight, std=0.2)
+        nn.init.normal_(self.position.weight, std=0.2)
 
-    def forward(self, tokens, n=None):
-        length = tokens.shape[1]
-        x = self.embed(tokens) + self.position.weight[:length]
-        for block in self.blocks[:-1]:
-            x = block(x, length)
-        return self.norm(self.blocks[-1](x, n or length))
-
-
-# ------------------------------------------------------------------ Rollout
-def response_states(gpt, prompts, responses):
-    """Hidden states (B, R, D) that choose the response tokens: those at positions P-1 to T-2."""
-    return gpt(torch.cat([prompts, responses[:, :-1]], 1), responses.shape[1])
+    def forward(self, tokens):
+        x = self.embed(tokens) + self.position.weight[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
 
 
+class RewardModel(nn.Module):
+    """Prompts (B, P) and responses (B, R) to scores (B,), learned by reward_model.py.
+
+    The score is the mean of an ensemble of K members, minus uncertainty_coef times their standard
+    deviation (over K): a lower confidence bound.
+    """
+
+    def __init__(self, ensemble_size, uncertainty_coef):
+        super().__init__()
+        self.members = nn.ModuleList([GPT(outputs=1) for _ in range(ensemble_size)])
+        self.reference = GPT()  # the policy whose responses the members learned from
+        self.uncertainty_coef = uncertainty_coef
+
+    def member_scores(self, prompts, responses):
+        return torch.stack([response_scores(gpt, prompts, responses) for gpt in self.members])
+
+    def forward(self, prompts, responses):
+        scores = self.member_scores(prompts, responses)  # (K, B)
+        if self.uncertainty_coef == 0:
+            return scores.mean(0)
+        # Preferences leave every member a constant of its own per prompt, which says nothing about
+        # the response. To keep it out of the deviation, subtract from the scores of each member its
+        # mean score of four responses of the reference to the same prompt.
+        mean_scores = torch.zeros_like(scores)
+        for _ in range(4):
+            samples = generate(self.reference, prompts, 1.0)
+            mean_scores += self.member_scores(prompts, samples) / 4
+        deviation = (scores - mean_scores).std(0, correction=0)
+        return scores.mean(0) - self.uncertainty_coef * deviation
+
+
+# ---------------------------------------------------------------------------- Sampling
+# Shapes: B responses, P prompt tokens, R response tokens, D hidden size, V vocabulary size.
 @torch.no_grad()
 def generate(policy, prompts, temperature):
-    """Sample responses (B, R). EOS ends one; as padding it fills the places behind."""
-    responses = prompts[:, :0]  # (B, 0)
+    """Sample responses (B, R). Each ends at its first EOS and is padded with EOS."""
+    tokens = prompts
+    ended = torch.zeros(len(prompts), 1, dtype=torch.bool, device=prompts.device)
     for _ in range(RESPONSE_LENGTH):
-        states = policy(torch.cat([prompts, responses], 1), 1)  # (B, 1, D)
-        logits = policy.head(states[:, 0]) / temperature  # (B, V)
+        logits = policy.head(policy(tokens)[:, -1]) / temperature  # (B, V)
         token = torch.multinomial(logits.softmax(1), 1)  # (B, 1)
-        ended = (responses == EOS).any(1, keepdim=True)
-        responses = torch.cat([responses, torch.where(ended, EOS, token)], 1)
-    return responses
+        token = torch.where(ended, EOS, token)
+        ended = ended | (token == EOS)
+        tokens = torch.cat([tokens, token], 1)
+    return tokens[:, prompts.shape[1] :]
 
 
 def response_mask(responses):
-    """True up to and including the first EOS: stopping is learned too, padding is not. (B, R)"""
-    return ((responses == EOS).cumsum(1) - (responses == EOS).long()) == 0
+    """True up to and including the first EOS: stopping is learned, padding is ignored. (B, R)"""
+    is_eos = (responses == EOS).long()
+    return is_eos.cumsum(1) - is_eos == 0
+
+
+def response_states(gpt, prompts, responses):
+    """Hidden states from which each response token is predicted (the ones before it). (B, R, D)"""
+    tokens = torch.cat([prompts, responses[:, :-1]], 1)
+    return gpt(tokens)[:, prompts.shape[1] - 1 :]
+
+
+def response_scores(gpt, prompts, responses):
+    """Reward-model scores (B,): the model's output at the last token of each response."""
+    outputs = gpt.head(gpt(torch.cat([prompts, responses], 1)))  # (B, P + R, 1)
+    last = prompts.shape[1] + response_mask(responses).sum(1) - 1
+    return outputs[torch.arange(len(last)), last].squeeze(1)
 
 
 def token_logprobs(logits, responses):
-    """Log-probabilities (B, R) of the tokens under logits (B, R, V)."""
-    return -F.cross_entropy(logits.transpose(1, 2), responses, reduction="none")
+    """Log-probabilities of the response tokens. logits: (B, R, V); returns (B, R)."""
+    losses = F.cross_entropy(logits.flatten(0, 1), responses.flatten(), reduction="none")
+    return -losses.view_as(responses)
 
 
 def masked_sum(x, mask):
-    """Sum of x (B, R) over the real tokens of each response. (B,)"""
+    """Sum over the unmasked tokens of each response: (B, R) to (B,)."""
     return torch.where(mask, x, 0.0).sum(1)
 
 
-def warm_start(policy, prompts, responses, steps):
-    """Fit the policy, in place, to demonstrations by maximum likelihood."""
+def sft(policy, prompts, responses, steps):
+    """Supervised fine-tuning: maximise the likelihood of the demonstrations."""
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1.7e-3)
     for _ in range(steps):
         rows = torch.randint(len(prompts), (256,), device=prompts.device)
@@ -220,418 +307,493 @@ def warm_start(policy, prompts, responses, steps):
         optimizer.step()
 
 
-# ------------------------------------------------------------------ Preferences
-def sample_comparisons(policy, prompts, group_size, annotator_temperature):
-    """A group of sampled responses a prompt, all pairs of unlike ones judged by a noisy annotator,
-    P(A ≻ B) = σ((R(A) - R(B)) / τ). Returns prompts (N, P), chosen and rejected (N, R), ties (N,).
+def load_policy(path, device):
+    """Load the policy and the reference of a file that a script which trains policies has saved.
+
+    Anything else ends the program with one line.
     """
-    first, second = torch.triu_indices(group_size, group_size, 1, device=prompts.device)
-    responses = generate(policy, prompts.repeat_interleave(group_size, 0), 1.0)
-    responses = responses.view(len(prompts), group_size, RESPONSE_LENGTH)
-    prompts = prompts.repeat_interleave(len(first), 0)  # (N, P)
-    first, second = (responses[:, i].flatten(0, 1) for i in (first, second))  # (N, R)
-    # Two like responses have h = 0, whatever the policy, and so no gradient. Which pairs are left
-    # out depends on neither order nor judgement: the others' odds are still the annotator's.
-    unlike = (first != second).any(1)
-    prompts, first, second = prompts[unlike], first[unlike], second[unlike]
-    margin = (reward(prompts, first) - reward(prompts, second)) / annotator_temperature  # (N,)
-    first_wins = (torch.rand_like(margin) < margin.sigmoid())[:, None]  # (N, 1)
-    chosen = torch.where(first_wins, first, second)
-    rejected = torch.where(first_wins, second, first)
-    return prompts, chosen, rejected, torch.zeros_like(margin, dtype=torch.bool)
-
-
-def parse_judgement(line):
-    """Prompt, chosen, rejected (lists of tokens) and tie of one line of JSON, or a ValueError."""
+    policy = GPT().to(device).requires_grad_(False)
+    reference = GPT().to(device).requires_grad_(False)
     try:
-        judgement = json.loads(line)
+        saved = torch.load(path, map_location=device, weights_only=True)
+        policy.load_state_dict(saved["policy"])
+        reference.load_state_dict(saved["reference"])
+        for weight in [*policy.parameters(), *reference.parameters()]:
+            if not weight.isfinite().all():
+                raise ValueError
+    except Exception as error:  # a file can be wrong in any number of ways
+        reason = f"not a file with a policy and its reference, or damaged ({type(error).__name__})"
+        print(f"error: --policy {path}: {reason}", file=sys.stderr)
+        sys.exit(2)
+    return policy, reference
+
+
+# ---------------------------------------------------------------------------- Preferences
+def sample_preferences(policy, prompts, targets, annotator_temperature):
+    """Sample two responses to each prompt and let a noisy annotator say which is better.
+
+    The annotator prefers A to B with probability σ((R(A) - R(B)) / τ) (Bradley–Terry). Two
+    identical responses teach nothing and are dropped, so N is at most the number of prompts.
+    Returns prompts (N, P), chosen (N, R), rejected (N, R) and ties (N,), none of which is true.
+    """
+    first = torch.cat([generate(policy, chunk, 1.0) for chunk in prompts.split(256)])
+    second = torch.cat([generate(policy, chunk, 1.0) for chunk in prompts.split(256)])
+    different = (first != second).any(1)
+    prompts = prompts[different]
+    targets = targets[different]
+    first = first[different]
+    second = second[different]
+    difference = reward(targets, first) - reward(targets, second)  # (N,)
+    first_wins = torch.rand_like(difference) < (difference / annotator_temperature).sigmoid()
+    chosen = torch.where(first_wins[:, None], first, second)
+    rejected = torch.where(first_wins[:, None], second, first)
+    return prompts, chosen, rejected, torch.zeros_like(first_wins)
+
+
+def parse_preference(line):
+    """Read {"prompt": "433", "chosen": "73", "rejected": "11"}, with "tie": true if it is one.
+
+    Returns the tokens of prompt, chosen and rejected as lists, and tie as a bool. Raises
+    ValueError with what is wrong with the line.
+    """
+    try:
+        preference = json.loads(line)
     except (ValueError, RecursionError):
         raise ValueError("is not JSON") from None
-    if not isinstance(judgement, dict):
-        example = '{"prompt": "433", "chosen": "73", "rejected": "11"}'
-        raise ValueError(f"is not an object like {example}")
-    rows = []
-    for name, length in ("prompt", 3), ("chosen", RESPONSE_LENGTH), ("rejected", RESPONSE_LENGTH):
-        text = judgement.get(name)
-        if not isinstance(text, str) or not re.fullmatch(f"[0-9]{{0,{length}}}", text):
-            raise ValueError(f'needs a "{name}" of at most {length} digits in quotes')
-        rows.append([int(digit) for digit in text] + [EOS] * (length - len(text)))
-    if EOS in rows[0]:
-        raise ValueError('needs a "prompt" of 3 digits')
-    tie = judgement.get("tie", False)
+    if not isinstance(preference, dict):
+        raise ValueError("is not a JSON object")
+    for name in ("prompt", "chosen", "rejected"):
+        text = preference.get(name)
+        if not isinstance(text, str) or not re.fullmatch("[0-9]{0,3}", text):
+            raise ValueError(f'"{name}" must be a string of at most 3 digits')
+    if len(preference["prompt"]) != 3:
+        raise ValueError('"prompt" must have 3 digits')
+    tie = preference.get("tie", False)
     if not isinstance(tie, bool):
-        raise ValueError('needs true or false as "tie"')
-    return *rows, tie
+        raise ValueError('"tie" must be true or false')
+    prompt = [int(digit) for digit in preference["prompt"]]
+    chosen = [int(digit) for digit in preference["chosen"]]
+    rejected = [int(digit) for digit in preference["rejected"]]
+    chosen += [EOS] * (RESPONSE_LENGTH - len(chosen))  # three digits were truncated: no EOS
+    rejected += [EOS] * (RESPONSE_LENGTH - len(rejected))
+    return prompt, chosen, rejected, tie
 
 
-def read_preferences(path, held_out=()):
-    """Preferences from a file of JSON lines: prompts (N, P), chosen and rejected (N, R), ties (N,).
-    A line is {"prompt": "433", "chosen": "73", "rejected": "11"}, and perhaps has "tie": true.
-    Those of held-out prompts (M, P) are left out, so that the evaluation stays clean."""
-    judgements, held_out = [], {tuple(map(int, prompt)) for prompt in held_out}
+def read_preferences(path, test_prompts):
+    """Read preference pairs from a file of JSON lines, in the layout of sample_preferences.
+
+    Leaves out pairs of held-out prompts (so that the evaluation stays clean) and pairs of
+    identical responses that are no tie, and prints their number. A bad line ends the program.
+    """
+    held_out = {tuple(prompt) for prompt in test_prompts.tolist()}
+    preferences = []
+    num_held_out = 0
+    num_identical = 0
     try:
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            try:
-                judgements.append(parse_judgement(line))
-            except ValueError as error:
-                print(f"error: --preferences {path}, line {number}: {error}", file=sys.stderr)
-                sys.exit(2)
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         print(f"error: --preferences {path}: cannot be read ({error})", file=sys.stderr)
         sys.exit(2)
-    kept = [row for row in judgements if tuple(row[0]) not in held_out]
-    if len(kept) < len(judgements):
-        left_out = f"left out {len(judgements) - len(kept)} of {len(judgements)} judgements"
-        print(f"{path}: {left_out}, as their prompts are held out")
-    if not kept:
-        why = "holds no judgement, or only of held-out prompts"
-        print(f"error: --preferences {path}: {why}", file=sys.stderr)
-        sys.exit(2)
-    return tuple(torch.tensor(column) for column in zip(*kept, strict=True))
-
-
-def judge_pairs(policy, prompts, path, number):
-    """Ask a person which response is better until the file holds that many judgements. Each is a
-    line on disk before the next is asked for, so that stopping, however rudely, loses nothing."""
-    text = path.read_text() if path.exists() else ""
-    judged = read_preferences(path) if text else ()
-    rows = [[tuple(row) for row in column.tolist()] for column in judged[:3]]
-    seen = {(x, frozenset(pair)) for x, *pair in zip(*rows, strict=True)}
-    count = len(judged[0]) if judged else 0
-    keys, question = list("abtq"), "a, b, t for a tie, or q to quit: "
-
-    def digits(tokens):
-        return "".join(str(token) for token in tokens if token != EOS)
-
-    def shown(response):  # the dots: it did not end
-        return (digits(response) or "(nothing)") + ("" if EOS in response else "...")
-
-    print(f"{count} of {number} judged. Five digits should sum to {TARGET}: which end is better?")
-    with path.open("a") as file:
-        file.write("\n" if text and not text.endswith("\n") else "")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
-            while count < number:
-                x = prompts[torch.randint(len(prompts), (1,))].expand(2, -1)
-                a, b = map(tuple, generate(policy, x, 1.0).tolist())
-                x = tuple(x[0].tolist())
-                pair = x, frozenset([a, b])
-                if a == b or pair in seen:  # nothing to compare, or judged before
-                    continue
-                print(f"\n[{count + 1}] {digits(x)}    A: {shown(a)}    B: {shown(b)}")
-                while (key := input(question).strip().lower()) not in keys:
-                    print("please type one of these letters")
-                if key == "q":
-                    break
-                chosen, rejected = (b, a) if key == "b" else (a, b)
-                line = {"prompt": x, "chosen": chosen, "rejected": rejected}
-                line = {name: digits(tokens) for name, tokens in line.items()}
-                file.write(json.dumps(line | ({"tie": True} if key == "t" else {})) + "\n")
-                file.flush()
-                count += 1
-                seen.add(pair)
-        except (EOFError, KeyboardInterrupt):
-            print()
-    print(f"{path} holds {count} judgements: python reward_model.py --preferences {path}")
+            prompt, chosen, rejected, tie = parse_preference(line)
+        except ValueError as error:
+            print(f"error: --preferences {path}: line {number}: {error}", file=sys.stderr)
+            sys.exit(2)
+        if tuple(prompt) in held_out:
+            num_held_out += 1
+        elif chosen == rejected and not tie:
+            num_identical += 1
+        else:
+            preferences.append((prompt, chosen, rejected, tie))
+    counts = f"{num_held_out} with held-out prompts, {num_identical} of identical responses"
+    if not preferences:
+        print(f"error: --preferences {path}: no pair to learn from ({counts})", file=sys.stderr)
+        sys.exit(2)
+    if num_held_out + num_identical > 0:
+        print(f"{path}: left out pairs: {counts}")
+    device = test_prompts.device
+    return tuple(torch.tensor(column, device=device) for column in zip(*preferences, strict=True))
 
 
-# ------------------------------------------------------------------ Labels and demonstrations
-def sample_labels(policy, prompts, group_size, annotator_temperature):
-    """Sampled responses called good with odds exp((R - ½) / τ): prompts, responses, labels (N,)."""
-    prompts = prompts.repeat_interleave(group_size, 0)  # (N, P)
-    responses = generate(policy, prompts, 1.0)  # (N, R)
-    odds = (reward(prompts, responses) - 0.5) / annotator_temperature
-    return prompts, responses, torch.rand_like(odds) < odds.sigmoid()
+def is_higher(scores, other_scores):
+    """1 where a score is higher than the other, 0.5 where they are equal, 0 where it is lower."""
+    return 0.5 + 0.5 * (scores - other_scores).sign()
 
 
-def sample_demonstrations(policy, prompts, group_size, annotator_temperature):
-    """Responses (N, R) of a demonstrator ∝ π_ref · exp(R/τ), and as many of π_ref: (N, M, R), the
-    same M = group_size for each of the group.
+def preference_loss(chosen_scores, rejected_scores, ties):
+    """Bradley-Terry: -log σ(chosen - rejected); a tie counts half each way. All inputs (N,).
 
-    Exact, by rejection: as R ≤ 1, a sample is kept with probability exp((R - 1) / τ), else redrawn.
+    Returns the mean loss and the accuracy: how often the chosen response has the higher score.
     """
-    prompts = prompts.repeat_interleave(group_size, 0)  # (N, P)
-    responses, samples = generate(policy, prompts, 1.0), generate(policy, prompts, 1.0)
-    redraw = torch.arange(len(prompts), device=prompts.device)
-    while len(redraw):
-        chance = ((reward(prompts[redraw], responses[redraw]) - 1) / annotator_temperature).exp()
-        redraw = redraw[torch.rand_like(chance) >= chance]
-        responses[redraw] = generate(policy, prompts[redraw], 1.0)
-    samples = samples.view(-1, group_size, RESPONSE_LENGTH).repeat_interleave(group_size, 0)
-    return prompts, responses, samples
+    margins = chosen_scores - rejected_scores
+    losses = -F.logsigmoid(margins)
+    tie_losses = 0.5 * losses - 0.5 * F.logsigmoid(-margins)
+    accuracy = torch.where(ties, 0.5, is_higher(chosen_scores, rejected_scores)).mean()
+    return torch.where(ties, tie_losses, losses).mean(), accuracy
 
 
-# ------------------------------------------------------------------ The reward model
-def response_scores(gpt, prompts, responses):
-    """Scores (B,): the output at the last real token, EOS or where the response was cut off.
+# ---------------------------------------------------------------------------- Pointwise labels
+def sample_labels(policy, prompts, targets, annotator_temperature):
+    """Sample a response to each prompt and let a noisy annotator say whether it is good.
 
-    Attention looks back only, so nothing that follows EOS can change them.
+    The annotator says so with probability σ((R - ½) / τ).
+    Returns prompts (N, P), responses (N, R) and labels (N,), true where the response is good.
     """
-    states = gpt(torch.cat([prompts, responses], 1), responses.shape[1])  # (B, R, D)
-    last = response_mask(responses).sum(1) - 1
-    return gpt.head(states[torch.arange(len(last)), last]).squeeze(1)
-
-
-def preference_loss(chosen, rejected, ties):
-    """Bradley–Terry: -log σ(chosen - rejected); a tie is half a vote for each. All (B,)."""
-    margins = chosen - rejected
-    votes = torch.where(ties, 0.5, 1.0)
-    loss = -votes * F.logsigmoid(margins) - (1 - votes) * F.logsigmoid(-margins)
-    return loss.mean(), reward_metrics(chosen, rejected, margins)
+    responses = torch.cat([generate(policy, chunk, 1.0) for chunk in prompts.split(256)])
+    logits = (reward(targets, responses) - 0.5) / annotator_temperature  # (N,)
+    labels = torch.rand_like(logits) < logits.sigmoid()
+    return prompts, responses, labels
 
 
 def label_loss(scores, labels):
-    """Direct assessment: -log σ(score) of responses called good, -log σ(-score) of others. (B,)"""
-    loss = F.binary_cross_entropy_with_logits(scores, labels.to(scores.dtype))
+    """Binary cross-entropy: -log σ(score) if the label is good, else -log σ(-score). Both (N,).
+
+    Returns the mean loss and the accuracy: how often the sign of the score agrees with the label.
+    """
     margins = torch.where(labels, scores, -scores)
-    return loss, reward_metrics(scores[labels], scores[~labels], margins)
+    return -F.logsigmoid(margins).mean(), is_higher(margins, 0.0).mean()
 
 
-def log_partition(scores):
-    """log Z (B,), Z = E_ref[exp(r)], from scores (B, M) of the reference's samples.
+# ---------------------------------------------------------------------------- Demonstrations
+@torch.no_grad()
+def response_logprobs(policy, prompts, responses):
+    """Log-probability of each response, summed over its tokens. (N,)"""
+    logprobs = []
+    for rows in torch.arange(len(prompts), device=prompts.device).split(256):
+        logits = policy.head(response_states(policy, prompts[rows], responses[rows]))
+        mask = response_mask(responses[rows])
+        logprobs.append(masked_sum(token_logprobs(logits, responses[rows]), mask))
+    return torch.cat(logprobs)
 
-    Unbiased for Z; as log is concave, too low for log Z, by about Var(exp r) / (2 M Z²).
+
+def sample_demonstrations(policy, reference, prompts, targets, annotator_temperature, num_samples):
+    """A demonstration p ∝ π_ref · exp(R/τ) of each prompt, and M samples of the policy beside it.
+
+    Returns prompts (N, P), candidates (N, 1 + M, R) with the demonstration first, and log_weights
+    (N, 1 + M) = log π_ref - log π: a sample counts as often as the reference would have written it.
+    (0 if the policy is the reference.)
     """
-    return scores.logsumexp(1) - math.log(scores.shape[1])
+    # Rejection sampling: since R ≤ 1, keep a sample of π_ref with probability exp((R - 1) / τ).
+    demonstrations = torch.zeros(len(prompts), RESPONSE_LENGTH, dtype=torch.long)
+    demonstrations = demonstrations.to(prompts.device)
+    missing = torch.arange(len(prompts), device=prompts.device)
+    while len(missing) > 0:
+        chunks = prompts[missing].split(256)
+        responses = torch.cat([generate(reference, chunk, 1.0) for chunk in chunks])
+        scores = reward(targets[missing], responses)
+        accepted = torch.rand_like(scores) < ((scores - 1) / annotator_temperature).exp()
+        demonstrations[missing] = responses
+        missing = missing[~accepted]
+
+    repeated = prompts.repeat_interleave(num_samples, 0)  # (N · M, P)
+    samples = torch.cat([generate(policy, chunk, 1.0) for chunk in repeated.split(256)])
+    samples = samples.view(len(prompts), num_samples, RESPONSE_LENGTH)
+    candidates = torch.cat([demonstrations[:, None], samples], 1)
+
+    repeated = prompts.repeat_interleave(1 + num_samples, 0)  # (N · (1 + M), P)
+    ref_logprobs = response_logprobs(reference, repeated, candidates.flatten(0, 1))
+    logprobs = response_logprobs(policy, repeated, candidates.flatten(0, 1))
+    log_weights = (ref_logprobs - logprobs).view(len(prompts), 1 + num_samples)
+    return prompts, candidates, log_weights
 
 
-def demonstration_loss(demonstrated, sampled):
-    """Minus the log-likelihood of p = π_ref exp(r) / Z but for log π_ref, which has no gradient.
+def demonstration_loss(scores, log_weights):
+    """Ranking NCE: -log of the probability that the first candidate is the demonstration.
 
-    demonstrated: (B,), sampled: (B, M), scores of responses to the same prompt.
+    scores, log_weights: (N, 1 + M). Its minimum is at R/τ for every M, because the demonstration
+    is in the denominator as well. With the samples alone there, scores grow too large.
+    Returns the mean loss and the accuracy: how often a sample scores less than the demonstration.
     """
-    loss = (log_partition(sampled) - demonstrated).mean()
-    margins = demonstrated[:, None] - sampled
-    return loss, reward_metrics(demonstrated, sampled, margins)
+    losses = -(scores + log_weights).log_softmax(1)[:, 0]
+    return losses.mean(), is_higher(scores[:, :1], scores[:, 1:]).mean()
 
 
-def reward_metrics(chosen, rejected, margins):
-    """Mean score of the better and of the worse, by how much, and how often, the model agrees."""
-    accuracies = (margins > 0).float().mean() + (margins == 0).float().mean() / 2
-    means = {"chosen": chosen.mean(), "rejected": rejected.mean(), "margins": margins.mean()}
-    return {name: x.detach() for name, x in (means | {"accuracies": accuracies}).items()}
+# ---------------------------------------------------------------------------- Reward model
+@torch.no_grad()
+def normalise(members, prompts, responses):
+    """Shift and scale the scores to mean 0 and standard deviation 1 on these responses.
+
+    Only differences between scores mean anything; now a --kl-coef has the same meaning with every
+    reward model. The members keep one common scale, since all were trained in units of τ.
+    """
+    scores = torch.stack([response_scores(gpt, prompts, responses) for gpt in members])  # (K, B)
+    std = scores.mean(0).std(correction=0)
+    if std < 1e-6:  # every response has the same score
+        std = torch.ones_like(std)
+    for gpt, member_scores in zip(members, scores, strict=True):
+        gpt.head.weight /= std
+        gpt.head.bias.copy_((gpt.head.bias - member_scores.mean()) / std)
 
 
 @torch.no_grad()
-def normalise(gpt, prompts, responses):
-    """Shift and scale the head, in place, to mean 0 and standard deviation 1 on these responses.
+def evaluate_scores(reward_model, policy, prompts, targets, annotator_temperature):
+    """Compare scores with the annotator and with the true reward, on 16 sampled pairs per prompt.
 
-    Only differences of r mean anything; normalised, models can be compared and a --kl-coef kept.
+    accuracy: how often the annotator prefers the response with the higher score, and its standard
+    error. bayes_accuracy: the same for the true reward, which no scores can beat. Neither counts
+    pairs of identical responses. correlation: of the scores with the true reward. deviation: how
+    far the members of an ensemble differ over a pair, the standard deviation of their margins.
     """
-    std, mean = torch.std_mean(response_scores(gpt, prompts, responses), correction=0)
-    std = std.clamp(min=1e-8)
-    gpt.head.weight /= std
-    gpt.head.bias.copy_((gpt.head.bias - mean) / std)
-    return std
+    correct = []
+    bayes_correct = []
+    deviation = []
+    scores = []
+    rewards = []
+    for rows in torch.arange(len(prompts), device=prompts.device).repeat(16).split(256):
+        first = generate(policy, prompts[rows], 1.0)
+        second = generate(policy, prompts[rows], 1.0)
+        first_scores = reward_model(prompts[rows], first)
+        second_scores = reward_model(prompts[rows], second)
+        first_rewards = reward(targets[rows], first)
+        second_rewards = reward(targets[rows], second)
+        scores.append(first_scores)
+        rewards.append(first_rewards)
+
+        # The probability that the annotator prefers the first, and whether the scores prefer it.
+        first_wins = ((first_rewards - second_rewards) / annotator_temperature).sigmoid()
+        choice = is_higher(first_scores, second_scores)
+        different = (first != second).any(1)
+        correct.append((choice * first_wins + (1 - choice) * (1 - first_wins))[different])
+        bayes_correct.append(torch.maximum(first_wins, 1 - first_wins)[different])
+
+        first_members = reward_model.member_scores(prompts[rows], first)  # (K, B)
+        second_members = reward_model.member_scores(prompts[rows], second)
+        margins = first_members - second_members  # without the constant of the prompt
+        deviation.append(margins.std(0, correction=0)[different])
+    correct = torch.cat(correct)
+    scores = torch.cat(scores)
+    rewards = torch.cat(rewards)
+    scores = scores - scores.mean()
+    rewards = rewards - rewards.mean()
+    correlation = (scores * rewards).sum() / (scores.norm() * rewards.norm()).clamp(min=1e-8)
+    return {
+        "accuracy": correct.mean().item(),
+        "accuracy_error": correct.std().item() / len(correct) ** 0.5,
+        "bayes_accuracy": torch.cat(bayes_correct).mean().item(),
+        "correlation": correlation.item(),
+        "deviation": torch.cat(deviation).mean().item(),
+    }
 
 
-# ------------------------------------------------------------------ Evaluation by enumeration
-def all_responses():
-    """Every response there is (Y = 1111, R): EOS; a digit and EOS; two digits and any token."""
-    triples = torch.cartesian_prod(*[torch.arange(VOCAB)] * 3)
-    return triples[(response_mask(triples) | (triples == EOS)).all(1)]
+# ---------------------------------------------------------------------------- A person as annotator
+def digits(tokens):
+    """The tokens as the person reads them. A response that was truncated ends in dots."""
+    text = "".join(str(token) for token in tokens if token != EOS)
+    if EOS not in tokens:
+        text += "..."
+    return text or "(nothing)"
 
 
-@torch.no_grad()
-def response_distribution(policy, prompts, temperature):
-    """Log-probabilities (N, Y) of all responses, float64, from one pass over all token pairs."""
-    responses = all_responses().to(prompts.device)
-    pairs = torch.cartesian_prod(*[torch.arange(VOCAB, device=prompts.device)] * 2)
-    padded = F.pad(pairs, (0, 1)).repeat(len(prompts), 1)  # what stands third is not read
-    states = response_states(policy, prompts.repeat_interleave(len(pairs), 0), padded)
-    logprobs = (policy.head(states).double() / temperature).log_softmax(2)
-    logprobs = logprobs.view(len(prompts), len(pairs), RESPONSE_LENGTH, VOCAB)
-    prefix = responses[:, :1] * VOCAB + responses[:, 1:2]  # (Y, 1), row of its pair
-    chosen = logprobs[:, prefix, torch.arange(RESPONSE_LENGTH), responses]  # (N, Y, R)
-    return torch.where(response_mask(responses), chosen, 0.0).sum(2)
+def annotate(policy, prompts, path, number):
+    """Ask a person which of two responses is better until the file has this many preference pairs.
 
-
-@torch.no_grad()
-def score_table(gpt, prompts, responses):
-    """Scores (N, Y), float64, of each response (Y, R) to each prompt (N, P)."""
-    rows = prompts.repeat_interleave(len(responses), 0), responses.repeat(len(prompts), 1)
-    rows = zip(*(x.split(1024) for x in rows), strict=True)
-    scores = torch.cat([response_scores(gpt, *some) for some in rows])
-    return scores.double().view(len(prompts), len(responses))
-
-
-def pair_metrics(scores, rewards, probs, annotator_temperature):
-    """How well scores (N, Y) predict the annotator on pairs from probs, summed over all pairs.
-
-    The annotator is random: knowing R itself, one is right in max(P, 1 - P) of judgements
-    (attainable). Calibration: in each tenth of predicted P(A ≻ B) its mean against the true one.
+    Each pair is on disk before the next question, so stopping at any time loses nothing.
     """
-    weights = probs[:, :, None] * probs[:, None] / len(probs)  # (N, Y, Y)
-    truth = ((rewards[:, :, None] - rewards[:, None]) / annotator_temperature).sigmoid()
-    margins = scores[:, :, None] - scores[:, None]
-    accuracy = (weights * (0.5 + (truth - 0.5) * margins.sign())).sum()
-    attainable = (weights * (0.5 + (truth - 0.5).abs())).sum()
-    predicted = margins.sigmoid()
-    gaps = torch.zeros(10, dtype=weights.dtype, device=weights.device)
-    tenth = (predicted * 10).long().clamp(max=9)
-    gaps.index_add_(0, tenth.flatten(), (weights * (predicted - truth)).flatten())
-    return {"accuracy": accuracy, "attainable": attainable, "calibration_error": gaps.abs().sum()}
+    try:
+        text = path.read_text("utf-8-sig") if path.exists() else ""
+        lines = [line for line in text.split("\n") if line.strip()]
+        for line in lines:
+            parse_preference(line)
+        file = path.open("a", encoding="utf-8")
+    except (OSError, ValueError) as error:
+        print(f"error: --preferences {path}: cannot be continued ({error})", file=sys.stderr)
+        sys.exit(2)
+    if text and not text.endswith("\n"):
+        file.write("\n")
+
+    count = len(lines)
+    torch.manual_seed(torch.initial_seed() + count)  # do not repeat the pairs already judged
+    print(f"{path} has {count} of {number} pairs. All five digits should sum to {TARGET}.")
+    try:
+        while count < number:
+            row = torch.randint(len(prompts), (1,))
+            first, second = generate(policy, prompts[row].repeat(2, 1), 1.0).tolist()
+            if first == second:
+                continue
+            prompt = "".join(str(token) for token in prompts[row][0].tolist())
+            print(f"\n[{count + 1}] {prompt}    A: {digits(first)}    B: {digits(second)}")
+            answer = ""
+            while answer not in ("a", "b", "t", "q"):
+                answer = input("Which is better? a, b, t for a tie, q to quit: ").strip().lower()
+            if answer == "q":
+                break
+            chosen, rejected = (second, first) if answer == "b" else (first, second)
+            pair = {
+                "prompt": prompt,
+                "chosen": "".join(str(token) for token in chosen if token != EOS),
+                "rejected": "".join(str(token) for token in rejected if token != EOS),
+            }
+            if answer == "t":
+                pair["tie"] = True
+            file.write(json.dumps(pair) + "\n")
+            file.flush()
+            count += 1
+    except (EOFError, KeyboardInterrupt):
+        print()
+    file.close()
+    print(f"{path} has {count} pairs. Learn: python reward_model.py --preferences {path}")
 
 
-def correlation(scores, rewards, probs):
-    """Pearson correlation over all prompts and responses. All (N, Y)."""
-    weights = probs / len(probs)
-    scores, rewards = (x - (weights * x).sum() for x in (scores, rewards))
-    variances = [(weights * x**2).sum() for x in (scores, rewards)]
-    return (weights * scores * rewards).sum() / (variances[0] * variances[1]).sqrt()
-
-
-def best_of_n(scores, rewards, probs, n):
-    """Mean true reward of the one with the highest score among n samples. All (N, Y).
-
-    The best ranks r-th from below or lower with probability F_r^n, F cumulative in that order.
-    """
-    order = scores.argsort(1)
-    lower = F.pad(probs.gather(1, order).cumsum(1) ** n, (1, 0))  # (N, 1 + Y)
-    return (lower.diff(dim=1) * rewards.gather(1, order)).sum(1).mean()
-
-
-def evaluate_scores(tables, stds, rewards, probs, annotator_temperature):
-    """Exact means over pairs and samples from probs. tables (K, N, Y): normalised scores of each
-    model; stds (K,): their scales in units of the judge's noise, in which a difference is a logit.
-    """
-    logits = (tables * stds[:, None, None]).mean(0)  # (N, Y)
-    means = pair_metrics(logits, rewards, probs, annotator_temperature)
-    means["correlation"] = correlation(logits, rewards, probs)
-    means["best_of_16"] = best_of_n(logits, rewards, probs, 16)
-    means["best_of_16_attainable"] = best_of_n(rewards, rewards, probs, 16)
-    means["disagreement"] = (tables.std(0, correction=0) * probs).sum(1).mean()
-    return {name: value.item() for name, value in means.items()}
-
-
-# ------------------------------------------------------------------ Training
-def write(writer, group, metrics, step):
-    """Add a point to the curve of each metric."""
-    for name, value in metrics.items() if writer else ():
-        writer.add_scalar(f"{group}/{name}", value, step)
-
-
-def main(args: Args) -> dict[str, float]:
-    """Learn a reward, and return its exact evaluation on the held-out prompts."""
+# ---------------------------------------------------------------------------- Training
+def main(args):
     check_args(args)
-    start, device = time.perf_counter(), args.device
     torch.manual_seed(args.seed)
-    train_prompts, held_out = (prompts.to(device) for prompts in make_prompts())
+    device = args.device
+    start_time = time.time()
+
+    # Reference, and the policy whose responses are judged.
+    train_prompts, train_targets, test_prompts, test_targets = make_prompts(device)
     if args.preferences is not None and args.annotate is None:
-        judgements = [column.to(device) for column in read_preferences(args.preferences, held_out)]
-    reference = GPT().to(device)
-    warm_start(reference, *make_demonstrations(train_prompts), args.sft_steps)
-    reference.requires_grad_(False)
+        preferences = read_preferences(args.preferences, test_prompts)
+    if args.policy is not None:
+        policy, reference = load_policy(args.policy, device)
+    else:
+        reference = GPT().to(device)
+        if args.sft_steps > 0:
+            sft(reference, *make_demonstrations(train_prompts, train_targets), args.sft_steps)
+        reference.requires_grad_(False)
+        policy = reference
     if args.annotate is not None:
-        judge_pairs(reference, train_prompts, args.preferences, args.annotate)
+        annotate(policy, train_prompts, args.preferences, args.annotate)
         return {}
 
-    if args.preferences is None:
-        kinds = {"labels": sample_labels, "demonstrations": sample_demonstrations}
-        sample = kinds.get(args.learn_from, sample_comparisons)
-        turns = torch.randperm(args.num_responses // args.group_size) % len(train_prompts)
-        how = args.group_size, args.annotator_temperature
-        blocks = [sample(reference, train_prompts[i], *how) for i in turns.split(32)]
-        judgements = [torch.cat(columns) for columns in zip(*blocks, strict=True)]
-        check(args, "num_responses", lambda _: len(judgements[0]), "gave no two unlike ones")
-    x = train_prompts[torch.randint(len(train_prompts), (1024,))]
-    samples = x, generate(reference, x, 1.0)  # to normalise the scores on
+    # 1. Feedback: prompts, responses and what the annotator said, one row per example.
+    rows = torch.randint(len(train_prompts), (args.num_examples,), device=device)
+    asked = (train_prompts[rows], train_targets[rows], args.annotator_temperature)
+    if args.preferences is not None:
+        examples = preferences
+    elif args.learn_from == "preferences":
+        examples = sample_preferences(policy, *asked)
+    elif args.learn_from == "labels":
+        examples = sample_labels(policy, *asked)
+    else:
+        examples = sample_demonstrations(policy, reference, *asked, args.num_samples)
+    num_examples = len(examples[0])
+    if num_examples == 0:
+        sys.exit("error: all sampled pairs were of identical responses")
 
-    # Each response once, with its prompt. Judgements about one prompt stay together, so that a
-    # response in many of them is read but once a step (arXiv:2203.02155, section 3.5).
-    prompts, *columns = judgements  # (N, P)
-    verdicts = columns.pop() if args.learn_from != "demonstrations" else None  # (N,) ties or labels
-    responses = torch.cat([y.view(len(y), -1, RESPONSE_LENGTH) for y in columns], 1)  # (N, K, R)
-    texts = torch.cat([prompts[:, None].expand(-1, responses.shape[1], -1), responses], 2)
-    texts, index = texts.flatten(0, 1).unique(dim=0, return_inverse=True)  # (U, P + R), (N·K,)
-    x, y = texts.split([prompts.shape[1], RESPONSE_LENGTH], 1)
-    index, prompt = index.view(len(prompts), -1), prompts.unique(dim=0, return_inverse=True)[1]
-    groups = prompt.argsort().split(prompt.bincount().tolist())  # of each prompt, its rows of index
+    reward_model = RewardModel(args.ensemble_size, args.uncertainty_coef).to(device)
+    reward_model.reference.load_state_dict(reference.state_dict())
+    run_name = f"{Path(__file__).stem}__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}"
+    num_parameters = sum(p.numel() for p in reward_model.members.parameters())
+    print(f"{run_name}: {num_parameters:,} parameters on {device}, {num_examples:,} examples")
+    writer = None
+    if args.tensorboard:
+        writer = SummaryWriter(f"runs/{run_name}")
+        rows = [f"|{flag}|{value}|" for flag, value in asdict(args).items()]
+        writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *rows]))
 
-    script, size = Path(__file__).stem, sum(p.numel() for p in GPT(outputs=1).parameters())
-    print(f"{script}.py: {device}, seed {args.seed}, {args.ensemble_size} × {size:,} parameters")
-    run = f"runs/{script}__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}"
-    writer = SummaryWriter(run) if args.tensorboard else None
+    loop_start_time = time.time()
+    examples_seen = 0
+    num_steps = args.epochs * math.ceil(num_examples / args.minibatch_size)
+    warmup = max(1, num_steps // 10)
+    for member, gpt in enumerate(reward_model.members):
+        # Start from the reference's weights with a new head. The members of an ensemble differ in
+        # the head, in the order of the examples and in their bootstrap sample of the examples.
+        weights = reference.state_dict()
+        weights["head.weight"] = gpt.head.weight
+        weights["head.bias"] = gpt.head.bias
+        gpt.load_state_dict(weights)
+        parameters = [*gpt.parameters()]
+        optimizer = torch.optim.AdamW(
+            parameters, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True
+        )
+        sample = torch.arange(num_examples, device=device)
+        if args.ensemble_size > 1:
+            sample = torch.randint(num_examples, (num_examples,), device=device)
+
+        step = 0
+        steps = []  # the metrics of each gradient step since the last log
+        for _ in range(args.epochs):
+            order = sample[torch.randperm(num_examples, device=device)]
+            for rows in order.split(args.minibatch_size):
+                # Linear warmup over the first 10% of training, then linear decay to 0.
+                step += 1
+                decay = (num_steps - step + 1) / (num_steps - warmup + 1)
+                learning_rate = args.learning_rate * min(step / warmup, decay)
+                optimizer.param_groups[0]["lr"] = learning_rate
+
+                # 2. Update: a gradient step on the loss for the kind of feedback.
+                if args.learn_from == "preferences":
+                    prompts, chosen, rejected, ties = [column[rows] for column in examples]
+                    chosen_scores = response_scores(gpt, prompts, chosen)
+                    rejected_scores = response_scores(gpt, prompts, rejected)
+                    loss, accuracy = preference_loss(chosen_scores, rejected_scores, ties)
+                elif args.learn_from == "labels":
+                    prompts, responses, labels = [column[rows] for column in examples]
+                    scores = response_scores(gpt, prompts, responses)
+                    loss, accuracy = label_loss(scores, labels)
+                else:
+                    prompts, candidates, log_weights = [column[rows] for column in examples]
+                    repeated = prompts.repeat_interleave(candidates.shape[1], 0)
+                    scores = response_scores(gpt, repeated, candidates.flatten(0, 1))
+                    scores = scores.view(log_weights.shape)  # (B, 1 + M)
+                    loss, accuracy = demonstration_loss(scores, log_weights)
+
+                optimizer.zero_grad()
+                loss.backward()
+                grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                optimizer.step()
+
+                metrics = {"loss": loss.detach(), "accuracy": accuracy, "grad_norm": grad_norm}
+                steps.append(metrics)
+                examples_seen += len(rows)
+
+                # 3. Log, about twenty times.
+                log_interval = max(1, num_steps * args.ensemble_size // 20)
+                if step % log_interval != 0 and step < num_steps:
+                    continue
+                if not grad_norm.isfinite():
+                    sys.exit(f"error: gradient not finite in step {step}; lower --learning-rate")
+                seconds = time.time() - loop_start_time
+                progress = (member + step / num_steps) / args.ensemble_size
+                seconds_left = seconds * (1 - progress) / progress
+                means = {}
+                for name in metrics:
+                    means[name] = torch.stack([step_metrics[name] for step_metrics in steps]).mean()
+                steps = []
+                speed = examples_seen / seconds
+                if writer:
+                    for name in means:
+                        writer.add_scalar(f"losses/{name}", means[name], examples_seen)
+                    writer.add_scalar("charts/learning_rate", learning_rate, examples_seen)
+                    writer.add_scalar("charts/examples_per_second", speed, examples_seen)
+                print(
+                    f"example {examples_seen:7d}  loss {means['loss']:.3f}  "
+                    f"accuracy {means['accuracy']:.3f}  "
+                    f"{speed:,.1f} examples/s  {seconds_left:.0f} s left"
+                )
+
+    # Normalise on the reference's samples, evaluate on the held-out prompts, save and report.
+    reward_model.requires_grad_(False)
+    rows = torch.randint(len(train_prompts), (1024,), device=device)
+    responses = generate(reference, train_prompts[rows], 1.0)
+    normalise(reward_model.members, train_prompts[rows], responses)
+    after = evaluate_scores(
+        reward_model, policy, test_prompts, test_targets, args.annotator_temperature
+    )
     if writer:
-        flags = "".join(f"|{flag}|{value}|\n" for flag, value in asdict(args).items())
-        writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}")
-    number, begin = len(groups), time.perf_counter()
-    steps_each = args.epochs * math.ceil(number / args.minibatch_size)
-    num_steps, step, models, stds, updates = steps_each * args.ensemble_size, 0, [], [], []
-    for _ in range(args.ensemble_size):
-        # Begin as the reference, which knows its way about the task, with a new head. In it, in the
-        # order of prompts, and in which (as many, with replacement) members of an ensemble differ.
-        model = GPT(outputs=1).to(device)
-        trunk = {name: w for name, w in reference.state_dict().items() if name[:4] != "head"}
-        model.load_state_dict(trunk, strict=False)
-        parameters = [*model.parameters()]
-        decay = args.weight_decay
-        optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=decay, fused=True)
-        drawn = torch.randint(number, (number,)) if args.ensemble_size > 1 else torch.arange(number)
-        orders = [drawn[torch.randperm(number)] for _ in range(args.epochs)]
-        batches = [batch for order in orders for batch in order.split(args.minibatch_size)]
-        for member_step, batch in enumerate(batches, 1):
-            progress = (member_step - 0.5) / steps_each
-            learning_rate = args.learning_rate * min(10 * progress, 1 - progress)
-            optimizer.param_groups[0]["lr"] = learning_rate
-            rows = torch.cat([groups[i] for i in batch.tolist()])  # (B,)
-            read, inverse = index[rows].unique(return_inverse=True)  # (u,), (B, K)
-            scores = response_scores(model, x[read], y[read])[inverse]  # (B, K)
-            if args.learn_from == "preferences":
-                loss, metrics = preference_loss(*scores.T, verdicts[rows])
-            elif args.learn_from == "labels":
-                loss, metrics = label_loss(scores[:, 0], verdicts[rows])
-            else:
-                loss, metrics = demonstration_loss(scores[:, 0], scores[:, 1:])
-            optimizer.zero_grad()
-            loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-            optimizer.step()
-            step += 1
-            if not grad_norm.isfinite():
-                sys.exit(f"error: gradient not finite in step {step}; lower --learning-rate")
-
-            # Log the means since the last line.
-            updates.append(metrics | {"loss": loss.detach(), "grad_norm": grad_norm})
-            if step % max(1, num_steps // 20) and step < num_steps:
-                continue
-            means = {name: torch.stack([m[name] for m in updates]).mean() for name in updates[0]}
-            losses = {name: means.pop(name) for name in ("loss", "grad_norm")}
-            updates, speed = [], step / (time.perf_counter() - begin)
-            write(writer, "losses", losses, step)
-            write(writer, "rewards", means, step)
-            write(writer, "charts", {"learning_rate": learning_rate}, step)
-            line = f"{step / num_steps:4.0%}  loss {losses['loss']:.3f}"
-            line += f"  accuracy {means['accuracies']:.3f}  margin {means['margins']:6.3f}"
-            print(f"{line}  {speed:5.0f} steps/s  {(num_steps - step) / speed:3.0f} s left")
-        stds.append(normalise(model, *samples))
-        models.append(model)
-
-    # Exact over the 111 responses that end. The 1000 that are cut off, which the reference writes
-    # once in 200 times, would take ten times as long.
-    responses = all_responses().to(device)
-    ended = (responses == EOS).any(1)
-    responses, table = responses[ended], response_distribution(reference, held_out, 1.0)[:, ended]
-    probs = table.softmax(1)  # (N, Y)
-    tables = torch.stack([score_table(model, held_out, responses) for model in models])
-    rows = held_out.repeat_interleave(len(responses), 0), responses.repeat(len(held_out), 1)
-    rewards = reward(*rows).double().view_as(probs)
-    after = evaluate_scores(tables, torch.stack(stds), rewards, probs, args.annotator_temperature)
-    if writer:
-        write(writer, "eval", after, step)
+        for name in after:
+            writer.add_scalar(f"eval/{name}", after[name], examples_seen)
         writer.close()
-    if args.save_path is not None:  # whole or not at all
+    if args.save_path is not None:
         part = args.save_path.with_name(args.save_path.name + ".part")
         flags = {flag: str(value) for flag, value in asdict(args).items()}
-        weights = [model.state_dict() for model in models]
-        torch.save({"script": f"{script}.py", "args": flags, "models": weights}, part)
-        os.replace(part, args.save_path)
-    line = f"held-out pair accuracy {after['accuracy']:.3f} of {after['attainable']:.3f}"
-    line += f"  correlation {after['correlation']:.3f}"
-    line += f"  calibration error {after['calibration_error']:.3f}"
-    best = f"best of 16 {after['best_of_16']:.3f} of {after['best_of_16_attainable']:.3f}"
-    line += f"  disagreement {after['disagreement']:.3f}" if args.ensemble_size > 1 else ""
-    after["seconds"] = time.perf_counter() - start
-    print(f"{line}  {best}  {after['seconds']:.1f} s")
+        weights = {
+            "members": [gpt.state_dict() for gpt in reward_model.members],
+            "uncertainty_coef": args.uncertainty_coef,
+            "reference": reference.state_dict(),
+        }
+        torch.save({"args": flags, **weights}, part)
+        os.replace(part, args.save_path)  # the file is never half-written
+    print(
+        f"held-out pair accuracy {after['accuracy']:.3f} ± {after['accuracy_error']:.3f}  "
+        f"Bayes accuracy {after['bayes_accuracy']:.3f}  correlation {after['correlation']:.3f}  "
+        f"deviation {after['deviation']:.3f}  {time.time() - start_time:.1f} s"
+    )
     return after
 
 
