@@ -3,7 +3,7 @@
     minimise over π:  L(π) = -E[log σ(β·h)],   h = log π(w|x)/π_ref(w|x) - log π(l|x)/π_ref(l|x)
 
 Each pair has two responses to the prompt x: w was preferred to l. Take gradient steps on the
-pairs in random order. The second and later rounds sample new pairs from the current policy.
+pairs in random order. Later rounds add new pairs, sampled from the current policy.
 
 DPO: Rafailov et al. 2023 (arXiv:2305.18290). Rounds (iterated, online DPO): Guo et al. 2024
 (arXiv:2402.04792). If A is preferred to B with odds exp((R(A) - R(B)) / τ), the optimum is
@@ -14,9 +14,9 @@ The task: given three digits, write two more and EOS so that all five sum to 20.
 first trained on correct answers (SFT). A frozen copy of it is the reference; DPO trains the
 original. To use your own task or model, replace the sections "Task" and "Model".
 
-    python dpo.py                               # held-out success 0.59 -> 0.97 in 30 s on two cores
-    python dpo.py --rounds 3                    # as many pairs, but sampled as the policy improves
-    python dpo.py --preferences pairs.jsonl     # learn from a file; --help lists every flag
+    python dpo.py                             # held-out success 0.59 -> 0.95 or so
+    python dpo.py --rounds 3                  # the same number of pairs, sampled in three rounds
+    python dpo.py --preferences pairs.jsonl   # learn from a file; --help lists every flag
 """
 
 # /// script
@@ -52,15 +52,15 @@ class Args:
 
     # Training
     sft_steps: int = 100  # supervised steps before RL; 0 starts from random weights
-    epochs: int = 4  # passes over the preference pairs
+    epochs: int = 2  # passes over the preference pairs
     minibatch_size: int = 256  # preference pairs per gradient step
     learning_rate: float = 1e-3  # peak learning rate; linear warmup over 10%, then linear decay
     max_grad_norm: float = 1.0  # maximum norm for gradient clipping
 
     # Preference pairs
     preferences: Path | None = None  # JSON lines of preference pairs; without it, an annotator's
-    num_pairs: int = 30_720  # number of sampled preference pairs, over all rounds
-    rounds: int = 1  # sample new pairs from the current policy this many times
+    num_pairs: int = 92_160  # number of sampled preference pairs, over all rounds
+    rounds: int = 1  # rounds of sampling; later ones add pairs from the current policy
     annotator_temperature: float = 0.5  # τ: prefers A to B with odds exp((R(A) - R(B)) / τ)
 
     # DPO
@@ -472,24 +472,28 @@ def main(args):
     loop_start_time = time.time()
     pairs_seen = 0
     for round_number in range(1, args.rounds + 1):
-        # 1. Preference pairs: at first the policy still is the reference.
+        # 1. Preference pairs: in the first round, the policy still is the reference.
         if args.preferences is None:
-            rows = torch.randint(
-                len(train_prompts), (args.num_pairs // args.rounds,), device=device
-            )
-            preferences = sample_preferences(
+            pairs_per_round = args.num_pairs // args.rounds
+            rows = torch.randint(len(train_prompts), (pairs_per_round,), device=device)
+            new_preferences = sample_preferences(
                 policy, train_prompts[rows], train_targets[rows], args.annotator_temperature
             )
+            if round_number == 1:
+                preferences = new_preferences
+            else:  # keep the earlier pairs: they hold what the policy no longer samples
+                columns = zip(preferences, new_preferences, strict=True)
+                preferences = [torch.cat(column) for column in columns]
         prompts, chosen, rejected, ties = preferences  # (N, P), (N, R), (N, R), (N,)
         if len(prompts) == 0:
             sys.exit(f"error: round {round_number}: all sampled pairs were of identical responses")
 
-        # 2. Update: several epochs of minibatch steps. The learning rate is that of a run whose
-        # other rounds have as many steps as this one.
+        # 2. Update: several epochs of minibatch steps over all pairs so far. Round r has about r
+        # times the steps of the first round; one learning-rate schedule spans all rounds.
         steps_per_round = args.epochs * math.ceil(len(prompts) / args.minibatch_size)
-        num_steps = args.rounds * steps_per_round
+        num_steps = steps_per_round * args.rounds * (args.rounds + 1) // (2 * round_number)
         warmup = max(1, num_steps // 10)
-        step = (round_number - 1) * steps_per_round
+        step = steps_per_round * (round_number - 1) // 2
         steps = []  # the metrics of each gradient step since the last log
         for _ in range(args.epochs):
             for rows in torch.randperm(len(prompts), device=device).split(args.minibatch_size):
