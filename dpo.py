@@ -52,8 +52,8 @@ class Args:
 
     # Training
     sft_steps: int = 100  # supervised steps before RL; 0 starts from random weights
-    epochs: int = 2  # passes over the preference pairs
-    minibatch_size: int = 256  # preference pairs per gradient step
+    epochs: int = 2  # passes over the examples
+    minibatch_size: int = 256  # examples per gradient step
     learning_rate: float = 1e-3  # peak learning rate; linear warmup over 10%, then linear decay
     max_grad_norm: float = 1.0  # maximum norm for gradient clipping
 
@@ -481,7 +481,7 @@ def main(args):
             )
             if round_number == 1:
                 preferences = new_preferences
-            else:  # keep the earlier pairs: they hold what the policy no longer samples
+            else:  # keep the earlier pairs: training on the newest alone did worse
                 columns = zip(preferences, new_preferences, strict=True)
                 preferences = [torch.cat(column) for column in columns]
         prompts, chosen, rejected, ties = preferences  # (N, P), (N, R), (N, R), (N,)
