@@ -268,7 +268,8 @@ def evaluate_reward_model(reward_model, reference, prompts, targets, annotator_t
     """Exact metrics of a reward model on the reference's responses.
 
     The 1000 truncated responses, which the reference writes about once in 200 times, are left out:
-    they would take ten times as long.
+    they would take ten times as long. With an uncertainty_coef above 0 the scores themselves are
+    random: they depend on responses that the reward model samples.
     """
     responses = all_responses()
     ended = (responses == EOS).any(1)

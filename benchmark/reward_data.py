@@ -9,6 +9,6 @@ measures how far the learned reward is from it.
 from run import run_commands
 
 if __name__ == "__main__":
-    amounts = [4_000, 16_000, 64_000]
+    amounts = [2_048, 8_192, 32_768]
     commands = {f"reward_model.py --num-examples {amount}": [1, 2, 3] for amount in amounts}
     run_commands("reward_data", __doc__.splitlines()[0], commands)
