@@ -48,11 +48,11 @@ class Args:
     # Training
     sft_steps: int = 100  # supervised steps before RL; 0 starts from random weights
     reward_model: Path | None = None  # maximise the score of a model saved by reward_model.py
-    total_episodes: int = 92_160  # total number of sampled responses
+    total_episodes: int = 122_880  # total number of sampled responses
     batch_size: int = 256  # responses per rollout
     update_epochs: int = 2  # passes over each rollout
     num_minibatches: int = 2  # gradient steps per pass
-    learning_rate: float = 1e-3  # peak learning rate; linear warmup over 10%, then linear decay
+    learning_rate: float = 7e-4  # peak learning rate; linear warmup over 10%, then linear decay
     max_grad_norm: float = 1.0  # maximum norm for gradient clipping
     temperature: float = 1.0  # sampling temperature; log-probabilities are computed at it too
 
