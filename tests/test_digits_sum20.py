@@ -997,9 +997,12 @@ def test_no_worker_outlives_the_program(tmp_path):
     """Ctrl-C and SIGTERM, sent to the main process alone; and a worker that somebody kills."""
     words = "--method rl --epochs 100000000 --num-seeds 2"
     ends = ["SIGINT", "SIGTERM", "killed worker"]
+    # Tests that run in the background may ignore Ctrl-C, and so would the programs that they start.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     for end in ends:
         (tmp_path / end).mkdir()
     programs_by_end = {end: start_program(tmp_path / end, words) for end in ends}
+    signal.signal(signal.SIGINT, handler)
     try:
         for end, process in programs_by_end.items():
             workers = workers_at_work(process, tmp_path / end)
