@@ -724,6 +724,14 @@ def test_curves_are_means_over_the_steps_since_the_last_log(monkeypatch, tmp_pat
     assert [step for step, _ in curves["eval/success"]] == [0, 76]
 
 
+def test_the_last_step_is_logged_though_it_is_not_a_twentieth(monkeypatch, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    random_preferences(path, 21)
+    curves = programs.record_curves(monkeypatch, dpo)
+    run(preferences=path, minibatch_size=1, epochs=1, tensorboard=True)
+    assert [step for step, _ in curves["losses/loss"]] == [*range(2, 21, 2), 21]
+
+
 def test_the_optimizer_uses_the_learning_rate_of_the_step(monkeypatch, tmp_path):
     """Rounds of 20 and 40 steps share one schedule: 6 steps of warmup, then linear decay."""
     rates = []
@@ -824,6 +832,7 @@ CHOICES = [
     {"max_grad_norm": 0.001},
     {"learning_rate": 1e-4},
     {"sft_steps": 0},
+    {"sft_steps": 1},
 ]
 
 
