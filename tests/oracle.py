@@ -331,3 +331,26 @@ def dpo_pair_loss(h, beta, loss_type, epsilon):
     if loss_type == "robust":
         return ((1 - epsilon) * agrees - epsilon * disagrees) / (1 - 2 * epsilon)
     return (1 - epsilon) * agrees + epsilon * disagrees
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def sample_sets(reference, sampler, rewards, tau, num_samples):
+    """Every set of a demonstration and samples: a list of (its probability, indices of responses).
+
+    The demonstration comes first, drawn from p ∝ reference · exp(R/tau), and then the samples, each
+    drawn from the sampler. Sets that differ only in the order of the samples are one.
+    """
+    weights = [p * math.exp(r / tau) for p, r in zip(reference, rewards, strict=True)]
+    indices = range(len(rewards))
+    sets = []
+    for demonstration in indices:
+        for samples in itertools.combinations_with_replacement(indices, num_samples):
+            chance = weights[demonstration] / sum(weights) * math.factorial(num_samples)
+            for i in indices:
+                count = samples.count(i)
+                chance *= sampler[i] ** count / math.factorial(count)
+            sets.append((chance, (demonstration, *samples)))
+    return sets

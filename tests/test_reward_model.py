@@ -1,11 +1,11 @@
-"""reward_model.py: losses against loops, reports against enumeration, a person in a terminal."""
+"""reward_model.py: losses and their minima by enumeration, feedback, a person, the program."""
 
 import contextlib
+import copy
 import itertools
 import json
 import math
 import os
-import pickle
 import pty
 import re
 import select
@@ -22,101 +22,108 @@ import tyro
 
 import grpo
 import ppo
-import reinforce
 import reward_model
 
 EOS = 10
 PROMPT = (4, 3, 3)
-TRAINERS = [ppo, grpo, reinforce]
+GOOD = '{"prompt": "433", "chosen": "73", "rejected": "11"}'
 
 
 def float64(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def sigmoid(x):
-    return 1 / (1 + math.exp(-x))
-
-
-def draws(seed, *shape):
+def random_numbers(seed, *shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# ---------------------------------------------------------------- Losses
+def make_gpt(seed, outputs=11):
+    """A GPT whose blocks are not the identity and whose responses sometimes end early."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        gpt = reward_model.GPT(outputs=outputs).requires_grad_(False)
+        for parameter in gpt.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+        if outputs > 1:
+            gpt.head.bias[EOS] += 1
+    return gpt
 
 
-@pytest.mark.parametrize("chosen,rejected,printed", [(2.89, 3.25, 0.8893), (2.89, 2.0, 0.3441)])
+def real_tokens(response):
+    """The tokens up to and including the first EOS."""
+    if EOS in response:
+        return response[: response.index(EOS) + 1]
+    return response
+
+
+# ---------------------------------------------------------------------------- Losses
+@pytest.mark.parametrize("chosen, rejected, printed", [(2.89, 3.25, 0.8893), (2.89, 2.0, 0.3441)])
 def test_losses_printed_in_the_tutorial(chosen, rejected, printed):
-    no_tie = torch.tensor([False])
-    loss, _ = reward_model.preference_loss(float64(chosen), float64(rejected), no_tie)
+    loss, _ = reward_model.preference_loss(
+        float64(chosen), float64(rejected), torch.tensor([False])
+    )
     assert round(loss.item(), 4) == printed
 
 
-def test_bradley_terry_with_ties_by_loops():
-    chosen, rejected = draws(0, 2, 9)
-    ties = torch.tensor([False, True, False, True, True, False, False, False, True])
-    expected = []
+def test_preference_loss_by_loops():
+    chosen, rejected = random_numbers(0, 2, 9)
+    rejected[3] = chosen[3]
+    ties = torch.tensor([False, True, False, False, True, False, False, False, True])
+    losses = []
+    correct = []
     for a, b, tie in zip(chosen.tolist(), rejected.tolist(), ties.tolist(), strict=True):
-        one, other = -math.log(sigmoid(a - b)), -math.log(sigmoid(b - a))
-        expected.append((one + other) / 2 if tie else one)
-    loss, metrics = reward_model.preference_loss(chosen, rejected, ties)
-    assert loss.item() == pytest.approx(sum(expected) / 9, abs=1e-9)
-    gaps = (chosen - rejected).tolist()
-    assert metrics["chosen"].item() == pytest.approx(sum(chosen.tolist()) / 9)
-    assert metrics["rejected"].item() == pytest.approx(sum(rejected.tolist()) / 9)
-    assert metrics["margins"].item() == pytest.approx(sum(gaps) / 9)
-    assert metrics["accuracies"].item() == pytest.approx(sum(g > 0 for g in gaps) / 9)
-    equal = reward_model.preference_loss(chosen, chosen, ties)[1]
-    assert equal["accuracies"] == 0.5  # undecided is half right
+        loss = -oracle.log_sigmoid(a - b)
+        if tie:
+            loss = (loss - oracle.log_sigmoid(b - a)) / 2
+        losses.append(loss)
+        correct.append(0.5 if tie or a == b else float(a > b))
+    loss, accuracy = reward_model.preference_loss(chosen, rejected, ties)
+    assert loss.item() == pytest.approx(sum(losses) / 9, abs=1e-9)
+    assert accuracy.item() == pytest.approx(sum(correct) / 9)
 
 
-def test_classifier_by_loops():
-    scores, labels = draws(1, 7), torch.tensor([True, False, False, True, True, False, True])
-    terms = [
-        -math.log(sigmoid(s) if good else 1 - sigmoid(s))
-        for s, good in zip(scores.tolist(), labels.tolist(), strict=True)
-    ]
-    loss, metrics = reward_model.label_loss(scores, labels)
-    assert loss.item() == pytest.approx(sum(terms) / 7, abs=1e-9)
-    right = [(s > 0) == good for s, good in zip(scores.tolist(), labels.tolist(), strict=True)]
-    assert metrics["accuracies"].item() == pytest.approx(sum(right) / 7)
-    good = [s for s, g in zip(scores.tolist(), labels.tolist(), strict=True) if g]
-    assert metrics["chosen"].item() == pytest.approx(sum(good) / len(good))
+def test_a_tie_counts_half_each_way():
+    a, b = random_numbers(4, 2, 6)
+    all_ties = torch.ones(6, dtype=torch.bool)
+    tie, _ = reward_model.preference_loss(a, b, all_ties)
+    one_way, _ = reward_model.preference_loss(a, b, ~all_ties)
+    other_way, _ = reward_model.preference_loss(b, a, ~all_ties)
+    assert tie.item() == pytest.approx((one_way.item() + other_way.item()) / 2)
+
+
+def test_label_loss_by_loops():
+    scores = random_numbers(1, 7)
+    labels = torch.tensor([True, False, False, True, True, False, True])
+    losses = []
+    correct = []
+    for score, good in zip(scores.tolist(), labels.tolist(), strict=True):
+        losses.append(-oracle.log_sigmoid(score if good else -score))
+        correct.append((score > 0) == good)
+    loss, accuracy = reward_model.label_loss(scores, labels)
+    assert loss.item() == pytest.approx(sum(losses) / 7, abs=1e-9)
+    assert accuracy.item() == pytest.approx(sum(correct) / 7)
 
 
 def test_demonstration_loss_by_loops():
-    demonstrated, sampled = draws(2, 5), draws(3, 5, 4)
-    terms = []
-    for own, others in zip(demonstrated.tolist(), sampled.tolist(), strict=True):
-        terms.append(-own + math.log(sum(math.exp(x) for x in others) / 4))
-    loss, metrics = reward_model.demonstration_loss(demonstrated, sampled)
-    assert loss.item() == pytest.approx(sum(terms) / 5, abs=1e-9)
-    beaten = [a > b for a, row in zip(demonstrated, sampled, strict=True) for b in row]
-    assert metrics["accuracies"].item() == pytest.approx(sum(beaten) / 20)
-    assert reward_model.demonstration_loss(demonstrated + 3, sampled + 3)[0].item() == (
-        pytest.approx(loss.item())  # a constant a prompt is not seen
-    )
+    scores = random_numbers(2, 5, 4)
+    log_weights = random_numbers(3, 5, 4)
+    losses = []
+    beaten = []
+    for own, weights in zip(scores.tolist(), log_weights.tolist(), strict=True):
+        total = sum(math.exp(s + w) for s, w in zip(own, weights, strict=True))
+        losses.append(math.log(total) - own[0] - weights[0])
+        beaten += [own[0] > other for other in own[1:]]
+    loss, accuracy = reward_model.demonstration_loss(scores, log_weights)
+    assert loss.item() == pytest.approx(sum(losses) / 5, abs=1e-9)
+    assert accuracy.item() == pytest.approx(sum(beaten) / 15)
+    shifted, _ = reward_model.demonstration_loss(scores + 3, log_weights)
+    assert shifted.item() == pytest.approx(loss.item())  # a constant per prompt is not seen
 
 
-# ---------------------------------------------------------------- What the losses make r tend to
-
-
-class World:
-    """A tabular reference that writes 11 responses to one prompt, and what they earn."""
-
-    def __init__(self):
-        everything, self.lists = oracle.responses(), oracle.narrow_responses()
-        logits = oracle.narrow(oracle.table(0))
-        rows = [everything.index(y) for y in self.lists]
-        self.logprobs = oracle.token_table(logits)[rows].sum(1)
-        self.probs = self.logprobs.exp() / self.logprobs.exp().sum()
-        self.rewards = float64(*[oracle.score(PROMPT, y, "sharp") for y in self.lists])
-        self.tokens = torch.tensor([[*y, *[EOS] * (3 - len(y))] for y in self.lists])
-
-
-def minimise(loss):
-    """The 11 scores at which a loss is least."""
-    scores = torch.zeros(11, dtype=torch.float64, requires_grad=True)
+# ------------------------------------------------------------- What the losses make the scores be
+def minimise(loss, number):
+    """The scores at which a loss is least."""
+    scores = torch.zeros(number, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [scores], max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe"
     )
@@ -131,392 +138,330 @@ def minimise(loss):
     return scores.detach()
 
 
-def expected_pair_loss(votes):
-    """votes (11, 11): how often i was preferred to j. The script's loss on all those judgements."""
-    first, second = torch.cartesian_prod(torch.arange(11), torch.arange(11)).T
-    no_tie = torch.tensor([False])
-    one = lambda a, b: reward_model.preference_loss(a[None], b[None], no_tie)[0]  # noqa: E731
+def distance(found, exact):
+    """Largest difference between two vectors of scores, whatever constant is added to them."""
+    difference = found - exact
+    return (difference - difference.mean()).abs().max().item()
+
+
+REWARDS = float64(1.0, 0.0, 0.4, 0.9)
+
+
+def test_preferences_lead_to_the_reward_over_the_temperature_and_a_constant():
+    tau = 0.5
+    pairs = list(itertools.permutations(range(4), 2))
 
     def loss(scores):
-        each = torch.vmap(one)(scores[first], scores[second])
-        return (each * votes[first, second]).sum() / votes.sum()
-
-    return loss
-
-
-def spread(found, exact):
-    """Deviation between two vectors of scores but for a constant."""
-    return (found - exact).std(correction=0).item()
-
-
-def test_bradley_terry_tends_to_the_true_reward_over_temperature_but_for_a_constant():
-    """Exactly at the expected loss; with N judgements the error falls as one over the root of N."""
-    world, temperature = World(), 0.5
-    truth = world.rewards / temperature
-    prefers = (truth[:, None] - truth).sigmoid()
-    assert spread(minimise(expected_pair_loss(prefers)), truth) < 1e-5
-    generator, errors = torch.Generator().manual_seed(0), []
-    for number in (10**3, 10**5, 10**7):  # each pair alike often; counts are nearly normal
-        mean, variance = number / 121 * prefers, number / 121 * prefers * (1 - prefers)
-        votes = torch.normal(mean, variance.sqrt(), generator=generator).clamp(min=0)
-        errors.append(spread(minimise(expected_pair_loss(votes)), truth))
-    assert errors[0] < 1 and errors[1] < errors[0] / 4 and errors[2] < errors[1] / 4
-
-
-def test_a_tie_is_half_a_judgement_each_way():
-    a, b = draws(4, 2, 6)
-    yes, no = torch.ones(6).bool(), torch.zeros(6).bool()
-    tie, one, other = (
-        reward_model.preference_loss(*pair)[0].item()
-        for pair in ((a, b, yes), (a, b, no), (b, a, no))
-    )
-    assert tie == pytest.approx((one + other) / 2)
-
-
-def test_labels_tend_to_the_true_reward_less_one_half_over_temperature():
-    world, temperature = World(), 0.5
-    good = ((world.rewards - 0.5) / temperature).sigmoid()
-
-    def loss(scores):
-        total = 0
-        for label, chance in ((True, good), (False, 1 - good)):
-            for i in range(11):
-                one = reward_model.label_loss(scores[i, None], torch.tensor([label]))[0]
-                total = total + chance[i] * one
+        total = 0.0
+        for i, j in pairs:
+            chance = oracle.sigmoid((REWARDS[i] - REWARDS[j]).item() / tau)
+            value, _ = reward_model.preference_loss(
+                scores[i, None], scores[j, None], torch.tensor([False])
+            )
+            total = total + chance * value
         return total
 
-    exact = (world.rewards - 0.5) / temperature
-    torch.testing.assert_close(minimise(loss), exact, atol=1e-4, rtol=0)
+    assert distance(minimise(loss, 4), REWARDS / tau) < 1e-5
 
 
-def test_demonstrations_tend_to_log_demonstrator_over_reference():
-    """With so many samples that the reference's shares are those of its probabilities."""
-    world, temperature = World(), 0.5
-    shares = (world.probs * 1000).round().long().clamp(min=1)
-    sampled = torch.arange(11).repeat_interleave(shares)
-    reference = shares / shares.sum()
-    demonstrator = reference * (world.rewards / temperature).exp()
-    demonstrator = demonstrator / demonstrator.sum()
+def test_labels_lead_to_the_reward_less_one_half_over_the_temperature():
+    tau = 0.5
 
     def loss(scores):
-        rows = scores[sampled].expand(11, -1)
-        one = [reward_model.demonstration_loss(scores[i, None], rows[:1])[0] for i in range(11)]
-        return sum(p * x for p, x in zip(demonstrator, one, strict=True))
+        total = 0.0
+        for i in range(4):
+            chance = oracle.sigmoid((REWARDS[i].item() - 0.5) / tau)
+            good, _ = reward_model.label_loss(scores[i, None], torch.tensor([True]))
+            bad, _ = reward_model.label_loss(scores[i, None], torch.tensor([False]))
+            total = total + chance * good + (1 - chance) * bad
+        return total
 
-    found = minimise(loss)
-    assert spread(found, (demonstrator / reference).log()) < 1e-4
-    assert spread(found, world.rewards / temperature) < 1e-4
-
-
-def test_partition_function_is_unbiased_and_its_logarithm_converges():
-    world = World()
-    scores = world.rewards
-    exact = sum(p * math.exp(s) for p, s in zip(world.probs.tolist(), scores.tolist(), strict=True))
-    biases = []
-    for number in (1, 2, 4):
-        index = torch.cartesian_prod(*[torch.arange(11)] * number).view(-1, number)
-        chance = world.probs[index].prod(1)
-        logs = reward_model.log_partition(scores[index])
-        assert (chance * logs.exp()).sum().item() == pytest.approx(exact, abs=1e-9)
-        biases.append(math.log(exact) - (chance * logs).sum().item())
-    assert biases[0] > 1.4 * biases[1] > 1.4 * 1.4 * biases[2] > 0
-    variance = (world.probs * (scores.exp() - exact) ** 2).sum().item()
-    assert biases[2] == pytest.approx(variance / (2 * 4 * exact**2), rel=0.2)
-    many = torch.multinomial(world.probs, 10**6, True, generator=torch.Generator().manual_seed(0))
-    found = reward_model.log_partition(scores[many][None]).item()
-    assert found == pytest.approx(math.log(exact), abs=0.01)
+    exact = (REWARDS - 0.5) / tau
+    torch.testing.assert_close(minimise(loss, 4), exact, atol=1e-4, rtol=0)
 
 
-# ---------------------------------------------------------------- Judgements that are made up
+def demonstration_minimiser(rewards, reference, sampler, tau, num_samples):
+    """Scores that minimise the expected demonstration_loss, over all sets of samples.
+
+    rewards, reference, sampler: a value per response.
+    """
+    rows = oracle.sample_sets(reference, sampler, rewards.tolist(), tau, num_samples)
+    chances = float64(*[chance for chance, _ in rows])
+    index = torch.tensor([candidates for _, candidates in rows])  # (number of sets, 1 + M)
+    log_weights = (float64(*reference) / float64(*sampler)).log()
+
+    def one(scores, weights):
+        return reward_model.demonstration_loss(scores[None], weights[None])[0]
+
+    def loss(scores):
+        return (chances * torch.vmap(one)(scores[index], log_weights[index])).sum()
+
+    return minimise(loss, len(rewards))
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 4, 8])
+@pytest.mark.parametrize("success", [0.57, 0.05])
+def test_demonstrations_lead_to_the_reward_over_the_temperature_with_any_number_of_samples(
+    num_samples, success
+):
+    reference = [success, 1 - success]
+    found = demonstration_minimiser(float64(1.0, 0.0), reference, reference, 0.5, num_samples)
+    assert (found[0] - found[1]).item() == pytest.approx(2, abs=1e-4)
+
+
+@pytest.mark.parametrize("num_samples", [2, 4, 8])
+def test_demonstrations_beside_samples_of_another_policy_lead_there_too(num_samples):
+    reference = [0.5, 0.2, 0.3]
+    policy = [0.1, 0.6, 0.3]
+    rewards = REWARDS[:3]
+    found = demonstration_minimiser(rewards, reference, policy, 0.5, num_samples)
+    assert distance(found, rewards / 0.5) < 1e-4
+
+
+# ---------------------------------------------------------------------------- Feedback
+class World:
+    """A tabular reference and policy that write 11 responses; the reward of each of them."""
+
+    def __init__(self):
+        everything = oracle.responses()
+        self.responses = oracle.narrow_responses()
+        rows = [everything.index(y) for y in self.responses]
+        probs = oracle.token_table(oracle.narrow(oracle.table(0)))[rows].sum(1).exp()
+        policy_probs = oracle.token_table(oracle.narrow(oracle.table(1)))[rows].sum(1).exp()
+        self.probs = {
+            "reference": probs / probs.sum(),
+            "policy": policy_probs / policy_probs.sum(),
+        }
+        self.rewards = float64(*[oracle.score(PROMPT, y, "sharp") for y in self.responses])
+        self.tokens = torch.tensor([[*y, *[EOS] * (3 - len(y))] for y in self.responses])
+
+    def generate(self, policy, prompts, temperature):
+        assert temperature == 1.0
+        assert len(prompts) <= 256  # a real vocabulary would fill the memory
+        probs = self.probs[policy].expand(len(prompts), 11)
+        return self.tokens[torch.multinomial(probs, 1).squeeze(1)]
+
+    def index(self, responses):
+        return (responses[:, None] == self.tokens).all(2).float().argmax(1)
+
+    def reward(self, targets, responses):
+        assert (targets == 10).all()
+        return self.rewards[self.index(responses)].float()
 
 
 @pytest.fixture
 def world(monkeypatch):
-    """Let generate draw from the tabular reference; the reward is the oracle's sharp one."""
     world = World()
-
-    def generate(policy, prompts, temperature):
-        assert temperature == 1.0
-        return world.tokens[torch.multinomial(world.probs.expand(len(prompts), 11), 1).squeeze(1)]
-
-    monkeypatch.setattr(reward_model, "generate", generate)
-    rewards = reward_model.reward
-    monkeypatch.setattr(reward_model, "reward", lambda p, r: rewards(p, r, "sharp"))
+    monkeypatch.setattr(reward_model, "generate", world.generate)
+    monkeypatch.setattr(reward_model, "reward", world.reward)
     torch.manual_seed(0)
     return world
 
 
-def index_of(world, responses):
-    return (responses[:, None] == world.tokens).all(2).float().argmax(1)
-
-
-PROMPTS = torch.tensor([PROMPT])
+def prompts_and_targets(number):
+    return torch.tensor([PROMPT]).repeat(number, 1), torch.full((number,), 10)
 
 
 def test_annotator_prefers_with_the_odds_of_bradley_and_terry(world):
-    prompts = PROMPTS.repeat(20_000, 1)
-    x, chosen, rejected, ties = reward_model.sample_comparisons(None, prompts, 8, 0.25)
-    assert x.shape == chosen.shape == rejected.shape == (len(ties), 3) and not ties.any()
-    unlike = 1 - (world.probs**2).sum().item()  # of 28 pairs a group
-    assert len(ties) / (28 * 20_000) == pytest.approx(unlike, abs=0.01)
-    first, second = index_of(world, chosen), index_of(world, rejected)
-    seen = torch.zeros(11, 11).index_put((first, second), torch.tensor(1.0), accumulate=True)
-    for i, j in itertools.combinations(range(11), 2):
-        both = seen[i, j] + seen[j, i]
-        assert both > 0 and seen[i, i] == seen[j, j] == 0
-        expected = sigmoid((world.rewards[i] - world.rewards[j]) / 0.25)
-        assert abs(seen[i, j] / both - expected) < 5 * 0.5 / both.sqrt()
+    prompts, chosen, rejected, ties = reward_model.sample_preferences(
+        "policy", *prompts_and_targets(60_000), 0.25
+    )
+    assert not ties.any()
+    identical = (world.probs["policy"] ** 2).sum().item()
+    assert len(prompts) / 60_000 == pytest.approx(1 - identical, abs=0.01)
+    wins = torch.zeros(11, 11)
+    index = world.index(chosen), world.index(rejected)
+    wins.index_put_(index, torch.tensor(1.0), accumulate=True)
+    judged = wins + wins.T
+    seen_often = judged >= 100
+    assert seen_often.sum() > 50
+    for i, j in seen_often.nonzero().tolist():
+        expected = oracle.sigmoid((world.rewards[i] - world.rewards[j]).item() / 0.25)
+        assert abs(wins[i, j] / judged[i, j] - expected) < 5 * 0.5 / judged[i, j].sqrt()
 
 
 def test_labels_are_good_with_the_stated_odds(world):
-    x, responses, labels = reward_model.sample_labels(None, PROMPTS.repeat(50_000, 1), 4, 0.25)
-    assert x.shape == responses.shape == (200_000, 3) and labels.dtype == torch.bool
-    rows = index_of(world, responses)
+    asked, targets = prompts_and_targets(60_000)
+    prompts, responses, labels = reward_model.sample_labels("policy", asked, targets, 0.25)
+    assert torch.equal(prompts, asked)
+    assert labels.dtype == torch.bool
+    rows = world.index(responses)
     for i in range(11):
-        own = labels[rows == i].float()
-        expected = sigmoid((world.rewards[i] - 0.5) / 0.25)
-        assert abs(own.mean() - expected) < 5 * 0.5 / math.sqrt(len(own))
+        share = (rows == i).float().mean()
+        assert abs(share - world.probs["policy"][i]) < 5 * 0.5 / math.sqrt(60_000)
+        found = labels[rows == i].float()
+        expected = oracle.sigmoid((world.rewards[i].item() - 0.5) / 0.25)
+        assert abs(found.mean() - expected) < 5 * 0.5 / math.sqrt(len(found))
 
 
-def test_demonstrator_is_the_tilted_reference_and_samples_are_the_reference(world):
-    prompts = torch.cat([PROMPTS, torch.tensor([[2, 1, 2]])])
-    how = None, prompts, 3, 0.25
-    x, responses, samples = reward_model.sample_demonstrations(*how)
-    assert x.tolist() == [[4, 3, 3]] * 3 + [[2, 1, 2]] * 3
-    assert (samples[:3] == samples[0]).all() and (samples[3:] == samples[3]).all()
-    how = None, PROMPTS.repeat(33_334, 1), 3, 0.25
-    x, responses, samples = reward_model.sample_demonstrations(*how)
-    assert x.shape == responses.shape == (100_002, 3) and samples.shape == (100_002, 3, 3)
-    tilted = world.probs * (world.rewards / 0.25).exp()
-    for found, exact in (
-        (responses, tilted / tilted.sum()),
-        (samples[::3].flatten(0, 1), world.probs),  # each group's are the same
-    ):
-        shares = torch.bincount(index_of(world, found), minlength=11) / len(found)
-        assert (shares - exact).abs().max() < 5 * 0.5 / math.sqrt(100_000)
+def test_demonstrator_is_the_tilted_reference_and_samples_are_the_policys(world, monkeypatch):
+    log_probs = {name: probs.log() for name, probs in world.probs.items()}
+
+    def response_logprobs(policy, prompts, responses):
+        return log_probs[policy][world.index(responses)]
+
+    monkeypatch.setattr(reward_model, "response_logprobs", response_logprobs)
+    asked, targets = prompts_and_targets(40_000)
+    prompts, candidates, log_weights = reward_model.sample_demonstrations(
+        "policy", "reference", asked, targets, 0.25, 3
+    )
+    assert torch.equal(prompts, asked)
+    assert candidates.shape == (40_000, 4, 3)
+    tilted = world.probs["reference"] * (world.rewards / 0.25).exp()
+    rows = world.index(candidates.flatten(0, 1)).view(40_000, 4)
+    for column, exact in enumerate([tilted / tilted.sum(), *[world.probs["policy"]] * 3]):
+        shares = torch.bincount(rows[:, column], minlength=11) / 40_000
+        assert (shares - exact).abs().max() < 5 * 0.5 / math.sqrt(40_000)
+    same = (rows[:, 1] == rows[:, 2]).float().mean()  # the samples are independent
+    assert same.item() == pytest.approx((world.probs["policy"] ** 2).sum().item(), abs=0.02)
+    expected = (log_probs["reference"] - log_probs["policy"])[rows]
+    torch.testing.assert_close(log_weights, expected)
 
 
-# ---------------------------------------------------------------- The model
+def test_log_weights_of_real_models_and_their_order():
+    policy = make_gpt(1)
+    reference = make_gpt(2)
+    train_prompts, train_targets, _, _ = reward_model.make_prompts("cpu")
+    torch.manual_seed(0)
+    prompts, candidates, log_weights = reward_model.sample_demonstrations(
+        policy, reference, train_prompts[:5], train_targets[:5], 0.5, 2
+    )
+    for i, j in itertools.product(range(5), range(3)):
+        response = real_tokens(candidates[i, j].tolist())
+        expected = 0.0
+        for t, token in enumerate(response):
+            prefix = torch.tensor([[*prompts[i].tolist(), *response[:t]]])
+            for gpt, sign in ((reference, 1), (policy, -1)):
+                logprobs = gpt.head(gpt(prefix))[0, -1].log_softmax(0)
+                expected += sign * logprobs[token].item()
+        assert log_weights[i, j].item() == pytest.approx(expected, abs=1e-4)
+    own = reward_model.sample_demonstrations(
+        reference, reference, train_prompts[:5], train_targets[:5], 0.5, 2
+    )
+    assert (own[2] == 0).all()
+    assert not log_weights.requires_grad
 
 
-def random_model(seed=0):
-    """A reward model whose blocks are not the identity."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = reward_model.GPT(outputs=1).requires_grad_(False)
-        for p in model.parameters():
-            p += 0.2 * torch.randn_like(p)
-    return model
-
-
-def everything(number=4):
-    """Some prompts with all 1111 responses to each."""
-    prompts = reward_model.make_prompts()[1][:number]
-    responses = reward_model.all_responses()
-    return prompts.repeat_interleave(1111, 0), responses.repeat(number, 1)
-
-
-def test_score_is_read_at_the_last_real_token():
-    model, (prompts, responses) = random_model(), everything(1)
-    found = reward_model.response_scores(model, prompts, responses)
-    assert found.shape == (1111,)
-    for i in range(0, 1111, 7):
-        real = [t for k, t in enumerate(responses[i].tolist()) if EOS not in responses[i, :k]]
-        tokens = torch.tensor([prompts[i].tolist() + real])
-        alone = model.head(model(tokens))[0, -1, 0]
+def test_log_probabilities_of_many_responses_are_those_of_each():
+    gpt = make_gpt(1)
+    prompts = reward_model.make_prompts("cpu")[0][:300]
+    torch.manual_seed(0)
+    responses = reward_model.generate(gpt, prompts, 1.0)
+    found = reward_model.response_logprobs(gpt, prompts, responses)
+    assert found.shape == (300,)
+    for i in (0, 255, 256, 299):
+        alone = reward_model.response_logprobs(gpt, prompts[i, None], responses[i, None])
         assert found[i].item() == pytest.approx(alone.item(), abs=1e-5)
+    garbage = torch.where(reward_model.response_mask(responses), responses, 3)
+    assert not torch.equal(garbage, responses)
+    torch.testing.assert_close(reward_model.response_logprobs(gpt, prompts, garbage), found)
 
 
-def test_score_does_not_depend_on_what_follows_eos_or_on_the_batch():
-    model, (prompts, responses) = random_model(), everything(2)
-    scores = reward_model.response_scores(model, prompts, responses)
-    real = reward_model.response_mask(responses)
-    assert (~real).any()
-    garbage = torch.where(real, responses, torch.randint(0, 11, responses.shape))
-    torch.testing.assert_close(reward_model.response_scores(model, prompts, garbage), scores)
-    for size in (1, 3, 500):
-        rows = slice(10, 10 + size)
-        some = reward_model.response_scores(model, prompts[rows], responses[rows])
-        torch.testing.assert_close(some, scores[rows], atol=1e-5, rtol=1e-5)
-    assert scores.std() > 0.1
+# ---------------------------------------------------------------------------- Reward model
+def some_responses():
+    prompts = reward_model.make_prompts("cpu")[0][:200]
+    torch.manual_seed(0)
+    return prompts, reward_model.generate(make_gpt(3), prompts, 1.0)
 
 
-def test_normalise_shifts_and_scales_and_says_by_how_much():
-    model, (prompts, responses) = random_model(), everything(1)
-    before = reward_model.response_scores(model, prompts, responses).double()
-    std = reward_model.normalise(model, prompts, responses)
-    after = reward_model.response_scores(model, prompts, responses).double()
-    assert std.item() == pytest.approx(oracle.deviation(before.tolist()), rel=1e-4)
-    assert abs(after.mean()) < 1e-4 and oracle.deviation(after.tolist()) == pytest.approx(1, 1e-4)
-    torch.testing.assert_close(after * std, before - before.mean(), atol=1e-4, rtol=0)
+@torch.no_grad()
+def test_normalised_scores_have_mean_0_and_deviation_1_and_the_members_one_scale():
+    members = [make_gpt(seed, outputs=1) for seed in range(3)]
+    before = [reward_model.response_scores(gpt, *some_responses()) for gpt in members]
+    reward_model.normalise(members, *some_responses())
+    after = [reward_model.response_scores(gpt, *some_responses()) for gpt in members]
+    mean = [sum(values) / 3 for values in zip(*[x.tolist() for x in after], strict=True)]
+    assert sum(mean) / 200 == pytest.approx(0, abs=1e-5)
+    assert oracle.deviation(mean) == pytest.approx(1, rel=1e-4)
+    mean_before = [sum(values) / 3 for values in zip(*[x.tolist() for x in before], strict=True)]
+    scale = oracle.deviation(mean_before)
+    for old, new in zip(before, after, strict=True):
+        torch.testing.assert_close(new * scale, old - old.mean(), atol=1e-4, rtol=0)
 
 
-def test_score_table_is_in_the_order_of_prompts_and_responses():
-    model = random_model()
-    prompts, responses = reward_model.make_prompts()[1][:3], reward_model.all_responses()
-    table = reward_model.score_table(model, prompts, responses)
-    flat = reward_model.response_scores(model, *everything(3)).double()
-    torch.testing.assert_close(table, flat.view(3, 1111), atol=1e-5, rtol=1e-5)
+@torch.no_grad()
+def test_constant_scores_are_shifted_and_not_divided_by_0():
+    gpt = make_gpt(0, outputs=1)
+    gpt.head.weight.zero_()
+    gpt.head.bias.fill_(5.0)
+    reward_model.normalise([gpt], *some_responses())
+    assert (reward_model.response_scores(gpt, *some_responses()) == 0).all()
 
 
-# ---------------------------------------------------------------- The reports
+class TabularScores:
+    """Stands in for a RewardModel: the scores of two members in the world of 11 responses."""
+
+    def __init__(self, world):
+        self.world = world
+        self.table = random_numbers(5, 2, 11)
+        self.table[:, 3] = self.table[:, 4]  # equal scores of different responses
+
+    def member_scores(self, prompts, responses):
+        constants = torch.tensor([[100.0], [-20.0]]) * prompts[:, 0]
+        return self.table[:, self.world.index(responses)] + constants
+
+    def __call__(self, prompts, responses):
+        return self.table.mean(0)[self.world.index(responses)]
 
 
-def tables(seed=0):
-    """Scores, true rewards and probabilities (2, 5), with equal scores and equal rewards."""
-    scores = draws(seed, 2, 5)
-    scores[0, 1] = scores[0, 3]
-    rewards = float64([1, 0, 0.5, 0.5, 0], [0, 1, 1, 0.2, 0.2])
-    return scores, rewards, draws(seed + 1, 2, 5).softmax(1)
+def test_evaluation_agrees_with_enumeration(world):
+    prompts, targets = prompts_and_targets(1500)
+    scores = TabularScores(world)
+    found = reward_model.evaluate_scores(scores, "policy", prompts, targets, 0.5)
+    probs = world.probs["policy"].tolist()
+    mean_scores = scores.table.mean(0).tolist()
+    rewards = world.rewards.tolist()
+    total = accuracy = bayes_accuracy = square = deviation = 0.0
+    for i, j in itertools.permutations(range(11), 2):  # pairs of identical responses do not count
+        weight = probs[i] * probs[j]
+        chance = oracle.sigmoid((rewards[i] - rewards[j]) / 0.5)
+        correct = 0.5
+        if mean_scores[i] != mean_scores[j]:
+            correct = chance if mean_scores[i] > mean_scores[j] else 1 - chance
+        total += weight
+        accuracy += weight * correct
+        square += weight * correct**2
+        bayes_accuracy += weight * max(chance, 1 - chance)
+        margins = [(member[i] - member[j]).item() for member in scores.table]
+        deviation += weight * oracle.deviation(margins)
+    assert found["accuracy"] == pytest.approx(accuracy / total, abs=0.006)
+    assert found["bayes_accuracy"] == pytest.approx(bayes_accuracy / total, abs=0.006)
+    assert found["bayes_accuracy"] > found["accuracy"] + 0.02
+    assert found["deviation"] == pytest.approx(deviation / total, abs=0.02)
+    variance = square / total - (accuracy / total) ** 2
+    number = 1500 * 16 * total
+    assert found["accuracy_error"] == pytest.approx(math.sqrt(variance / number), rel=0.03)
+    mean_r = sum(p * r for p, r in zip(probs, rewards, strict=True))
+    mean_s = sum(p * s for p, s in zip(probs, mean_scores, strict=True))
+    rows = list(zip(probs, mean_scores, rewards, strict=True))
+    covariance = sum(p * (s - mean_s) * (r - mean_r) for p, s, r in rows)
+    variance_s = sum(p * (s - mean_s) ** 2 for p, s, _ in rows)
+    variance_r = sum(p * (r - mean_r) ** 2 for p, _, r in rows)
+    expected = covariance / math.sqrt(variance_s * variance_r)
+    assert found["correlation"] == pytest.approx(expected, abs=0.03)
 
 
-def test_pair_metrics_by_loops():
-    scores, rewards, probs = tables()
-    right = best = 0.0
-    bins = [[0.0, 0.0] for _ in range(10)]
-    for n, i, j in itertools.product(range(2), range(5), range(5)):
-        weight = (probs[n, i] * probs[n, j]).item() / 2
-        truth = sigmoid((rewards[n, i] - rewards[n, j]).item() / 0.5)
-        gap = (scores[n, i] - scores[n, j]).item()
-        right += weight * (truth if gap > 0 else 1 - truth if gap < 0 else 0.5)
-        best += weight * max(truth, 1 - truth)
-        cell = bins[min(int(10 * sigmoid(gap)), 9)]
-        cell[0] += weight * sigmoid(gap)
-        cell[1] += weight * truth
-    found = reward_model.pair_metrics(scores, rewards, probs, 0.5)
-    assert found["accuracy"].item() == pytest.approx(right, abs=1e-9)
-    assert found["attainable"].item() == pytest.approx(best, abs=1e-9)
-    error = sum(abs(a - b) for a, b in bins)
-    assert found["calibration_error"].item() == pytest.approx(error, abs=1e-9) and error > 0.05
+def test_the_true_reward_reaches_the_bayes_accuracy(world):
+    prompts, targets = prompts_and_targets(300)
+
+    class TrueReward(TabularScores):
+        def __call__(self, prompts, responses):
+            return self.world.reward(targets[0], responses)
+
+    found = reward_model.evaluate_scores(TrueReward(world), "policy", prompts, targets, 0.5)
+    assert found["accuracy"] == pytest.approx(found["bayes_accuracy"])
+    assert found["correlation"] == pytest.approx(1, abs=1e-5)
 
 
-def test_the_true_reward_attains_what_is_attainable_and_is_calibrated():
-    _, rewards, probs = tables()
-    found = reward_model.pair_metrics(rewards / 0.5, rewards, probs, 0.5)
-    assert found["accuracy"].item() == pytest.approx(found["attainable"].item())
-    assert found["calibration_error"] < 1e-9
-    sure = reward_model.pair_metrics(rewards, rewards, probs, 1e-3)
-    alike = sum(
-        (p[r == v].sum() ** 2).item()
-        for p, r in zip(probs, rewards, strict=True)
-        for v in r.unique()
-    )
-    assert sure["attainable"].item() == pytest.approx(1 - alike / 4)  # ties are a coin's
+def test_a_reward_that_is_always_the_same_divides_nothing_by_0(world, monkeypatch):
+    monkeypatch.setattr(reward_model, "reward", lambda targets, responses: torch.ones(len(targets)))
+    prompts, targets = prompts_and_targets(50)
+    found = reward_model.evaluate_scores(TabularScores(world), "policy", prompts, targets, 0.5)
+    assert all(math.isfinite(value) for value in found.values())
+    assert found["accuracy"] == found["bayes_accuracy"] == 0.5
 
 
-def test_correlation_by_loops():
-    scores, rewards, probs = tables()
-    rows = [
-        (probs[n, i].item() / 2, scores[n, i].item(), rewards[n, i].item())
-        for n, i in itertools.product(range(2), range(5))
-    ]
-    mean_s, mean_r = (
-        sum(w * row for w, *row in [(r[0], r[k]) for r in rows] for row in row) for k in (1, 2)
-    )
-    cov = sum(w * (s - mean_s) * (r - mean_r) for w, s, r in rows)
-    var_s, var_r = (
-        sum(w * (s - mean_s) ** 2 for w, s, _ in rows),
-        sum(w * (r - mean_r) ** 2 for w, _, r in rows),
-    )
-    found = reward_model.correlation(scores, rewards, probs).item()
-    assert found == pytest.approx(cov / math.sqrt(var_s * var_r), abs=1e-9)
-
-
-@pytest.mark.parametrize("n", [1, 2, 3])
-def test_best_of_n_by_enumerating_all_samples(n):
-    scores, rewards, probs = tables(3)
-    scores = draws(9, 2, 5)
-    expected = 0.0
-    for row in range(2):
-        for drawn in itertools.product(range(5), repeat=n):
-            chance = math.prod(probs[row, i].item() for i in drawn)
-            expected += chance * rewards[row, max(drawn, key=lambda i: scores[row, i])].item() / 2
-    found = reward_model.best_of_n(scores, rewards, probs, n).item()
-    assert found == pytest.approx(expected, abs=1e-9)
-    own = reward_model.best_of_n(rewards, rewards, probs, n).item()
-    assert own >= found
-
-
-def test_evaluation_of_an_ensemble():
-    _, rewards, probs = tables()
-    members, stds = torch.stack([draws(5, 2, 5), draws(6, 2, 5)]), float64(2.0, 0.5)
-    found = reward_model.evaluate_scores(members, stds, rewards, probs, 0.5)
-    logits = (2 * members[0] + 0.5 * members[1]) / 2
-    expected = reward_model.pair_metrics(logits, rewards, probs, 0.5)
-    assert all(found[name] == pytest.approx(x.item()) for name, x in expected.items())
-    assert found["correlation"] == pytest.approx(
-        reward_model.correlation(logits, rewards, probs).item()
-    )
-    gaps = (members[0] - members[1]).abs() / 2  # deviation of two over N
-    assert found["disagreement"] == pytest.approx((gaps * probs).sum().item() / 2)
-    for name, judge in (("best_of_16", logits), ("best_of_16_attainable", rewards)):
-        best = reward_model.best_of_n(judge, rewards, probs, 16).item()
-        assert found[name] == pytest.approx(best, rel=1e-12)
-    assert found["best_of_16"] < found["best_of_16_attainable"]
-
-
-# ---------------------------------------------------------------- Files of judgements
-
-GOOD = '{"prompt": "433", "chosen": "73", "rejected": "11"}'
-
-
-@pytest.mark.parametrize(
-    "text,tokens", [("73", [7, 3, EOS]), ("7", [7, EOS, EOS]), ("", [EOS] * 3), ("733", [7, 3, 3])]
-)
-def test_judgements_are_parsed(text, tokens):
-    line = json.dumps({"prompt": "433", "chosen": text, "rejected": "11", "note": 5})
-    assert reward_model.parse_judgement(line) == ([4, 3, 3], tokens, [1, 1, EOS], False)
-    assert reward_model.parse_judgement(GOOD[:-1] + ', "tie": true}')[3] is True
-
-
-def test_file_becomes_tensors(tmp_path):
-    path = tmp_path / "judged.jsonl"
-    path.write_text(GOOD + "\n" + GOOD.replace("73", "7")[:-1] + ', "tie": true}')
-    prompts, chosen, rejected, ties = reward_model.read_preferences(path)
-    assert prompts.tolist() == [[4, 3, 3]] * 2 and rejected.tolist() == [[1, 1, EOS]] * 2
-    assert chosen.tolist() == [[7, 3, EOS], [7, EOS, EOS]] and ties.tolist() == [False, True]
-
-
-BAD_LINES = [
-    ("{", "is not JSON"),
-    ("", "is not JSON"),
-    ("[" * 100_000, "is not JSON"),
-    ("[1]", "is not an object"),
-    (GOOD.replace("433", "43"), '"prompt"'),
-    (GOOD.replace("433", "4333"), '"prompt"'),
-    (GOOD.replace('"433"', "433"), '"prompt"'),
-    (GOOD.replace("73", "7a"), '"chosen"'),
-    (GOOD.replace("73", "٣٣"), '"chosen"'),
-    (GOOD.replace("11", "1111"), '"rejected"'),
-    ('{"prompt": "433", "chosen": "73"}', '"rejected"'),
-    (GOOD[:-1] + ', "tie": "yes"}', '"tie"'),
-]
-
-
-@pytest.mark.parametrize("line,reason", BAD_LINES)
-def test_a_bad_line_is_named_with_its_number(line, reason, tmp_path, capsys):
-    path = tmp_path / "judged.jsonl"
-    path.write_text(f"{GOOD}\n{GOOD}\n{line}\n{GOOD}\n")
-    with pytest.raises(SystemExit) as stop:
-        reward_model.read_preferences(path)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1
-    assert "line 3" in error and reason in error and "--preferences" in error
-
-
-@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe\x00"])
-def test_a_file_that_is_missing_empty_or_no_text(content, tmp_path, capsys):
-    path = tmp_path / "judged.jsonl"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(SystemExit) as stop:
-        reward_model.read_preferences(path)
-    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
-
-
-# ---------------------------------------------------------------- A person in a terminal
-
-
+# ---------------------------------------------------------------------------- A person judges
 class Terminal:
     """The real command with a pseudo-terminal as its controlling one."""
 
@@ -552,7 +497,7 @@ class Terminal:
         return shown
 
     def end(self):
-        self.wait_for("judgements: python reward_model.py")
+        self.wait_for("Learn: python reward_model.py")
         code = self.process.wait(60)
         with contextlib.suppress(OSError):  # it has ended
             while select.select([self.fd], [], [], 0)[0]:
@@ -561,444 +506,663 @@ class Terminal:
         return code
 
 
+def read_lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
 def shown_pair(screen):
     """Prompt, A and B of the question asked last, as in the file."""
     prompt, a, b = re.findall(r"\] (\d+) +A: (\S+) +B: (\S+)", screen)[-1]
-    texts = [text.replace("(nothing)", "").replace("...", "") for text in (a, b)]
-    return prompt, *texts
+    a, b = (text.replace("(nothing)", "").replace("...", "") for text in (a, b))
+    return prompt, a, b
 
 
-def test_annotation_in_a_terminal(tmp_path, monkeypatch, capsys):
-    file = tmp_path / "mine.jsonl"
-    lines = lambda: [json.loads(x) for x in file.read_text().splitlines()]  # noqa: E731
-
-    first = Terminal(tmp_path, "6")
-    pairs = [shown_pair(first.answer("x\n"))]
-    assert "one of these letters" in first.answer("\n") + first.answer("ab\n") + first.answer("A\n")
-    pairs.append(shown_pair(first.answer("b\n")))
-    first.wait_for("to quit: ")
-    assert len(lines()) == 2  # on disk while the third is on the screen
+def test_annotation_in_a_terminal(tmp_path):
+    terminal = Terminal(tmp_path, "6")
+    first = shown_pair(terminal.answer("x\n"))
+    terminal.answer("\n")
+    terminal.answer("ab\n")
+    terminal.answer("A\n")
+    second = shown_pair(terminal.answer("b\n"))
+    third = shown_pair(terminal.answer("t\n"))
+    terminal.wait_for("to quit: ")
+    expected = [
+        {"prompt": first[0], "chosen": first[1], "rejected": first[2]},
+        {"prompt": second[0], "chosen": second[2], "rejected": second[1]},
+        {"prompt": third[0], "chosen": third[1], "rejected": third[2], "tie": True},
+    ]
+    assert read_lines(tmp_path / "mine.jsonl") == expected  # while the fourth is on the screen
     time.sleep(0.5)  # until it reads: input() sleeps on if a signal comes just before
-    os.write(first.fd, b"\x03")  # Ctrl-C
-    assert first.end() == 0 and "Traceback" not in first.screen
-    (p1, a1, b1), (p2, a2, b2) = pairs
-    assert lines() == [
-        {"prompt": p1, "chosen": a1, "rejected": b1},
-        {"prompt": p2, "chosen": b2, "rejected": a2},
-    ]
-
-    second = Terminal(tmp_path, "6")
-    shown = second.answer("t\n")
-    assert "2 of 6" in shown and "[3]" in shown
-    pairs.append(shown_pair(shown))
-    pairs.append(shown_pair(second.answer("a\n")))
-    second.wait_for("to quit: ")
-    os.write(second.fd, b"\x04")  # end of input
-    assert second.end() == 0
-    p3, a3, b3 = pairs[2]
-    assert lines()[2] == {"prompt": p3, "chosen": a3, "rejected": b3, "tie": True}
-
-    def annotate(keys, seed):  # the same without a terminal, which is quicker
-        keys = iter(keys)
-        monkeypatch.setattr("builtins.input", lambda _: next(keys))
-        run(**PLAIN | {"annotate": 6, "preferences": file, "sft_steps": 0, "seed": seed})
-        return capsys.readouterr().out
-
-    pairs.append(shown_pair(annotate("Bq", 2).split("[6]")[0]))
-    assert len(lines()) == 5
-    pairs.append(shown_pair(annotate("a", 1)))
-    assert len(lines()) == 6  # as many as asked for: it ended by itself
-    train = {"".join(map(str, p)) for p in reward_model.make_prompts()[0].tolist()}
-    assert all(x["prompt"] in train for x in lines())
-    assert {p.name for p in tmp_path.iterdir()} == {"mine.jsonl"}
-
-    result = run(preferences=file, epochs=2, minibatch_size=2, num_responses=FILE["num_responses"])
-    assert math.isfinite(result["accuracy"])
-    assert "left out" not in capsys.readouterr().out
+    os.write(terminal.fd, b"\x03")  # Ctrl-C
+    assert terminal.end() == 0
+    assert "Traceback" not in terminal.screen
+    assert read_lines(tmp_path / "mine.jsonl") == expected
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.jsonl"}
 
 
-def test_no_pair_is_asked_for_twice(tmp_path, monkeypatch, capsys):
-    eos = reward_model.EOS
-    one, other, third = [7, 3, eos], [1, 1, eos], [9, eos, eos]
-    drawn = [[one, other], [other, one], [one, one], [one, other], [third, one]]
-    monkeypatch.setattr(reward_model, "generate", lambda *_: torch.tensor(drawn.pop(0)))
-    monkeypatch.setattr("builtins.input", lambda _: "b")
-    path = tmp_path / "mine.jsonl"
-    reward_model.judge_pairs(None, torch.tensor([[4, 3, 3]]), path, 2)
-    assert drawn == [] and len(path.read_text().splitlines()) == 2
-    drawn += [[one, third], [third, other]]  # nor when it goes on
-    reward_model.judge_pairs(None, torch.tensor([[4, 3, 3]]), path, 3)
-    assert drawn == []
-    judged = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [(line["chosen"], line["rejected"]) for line in judged] == [
-        ("11", "73"),
-        ("73", "9"),
-        ("11", "9"),
-    ]
+DEFAULTS = {"num_examples": reward_model.Args.num_examples, "epochs": reward_model.Args.epochs}
+DEFAULTS["minibatch_size"] = reward_model.Args.minibatch_size
+MINE = {"preferences": Path("mine.jsonl"), "sft_steps": 0} | DEFAULTS
 
 
-def test_a_line_without_an_end_is_ended_before_the_next(tmp_path, monkeypatch):
-    path = Path("mine.jsonl")
-    path.write_text(GOOD)
-    monkeypatch.setattr("builtins.input", lambda _: "a")
-    run(
-        annotate=3,
-        preferences=path,
-        num_responses=reward_model.Args.num_responses,
-        epochs=reward_model.Args.epochs,
-        minibatch_size=reward_model.Args.minibatch_size,
-    )
-    lines = path.read_text().splitlines()
-    assert len(lines) == 3 and all(map(reward_model.parse_judgement, lines)) and lines[0] == GOOD
+def judge(monkeypatch, keys, number, **flags):
+    """Answer the questions of --annotate with these keys, then close the input."""
+    keys = iter(keys)
+
+    def answer(question):
+        try:
+            return next(keys)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", answer)
+    assert run(annotate=number, **MINE | flags) == {}
 
 
-# ---------------------------------------------------------------- The program
+def test_annotation_goes_on_where_it_stopped_with_other_pairs(monkeypatch, capsys):
+    judge(monkeypatch, ["a", "b"], 6)
+    capsys.readouterr()
+    judge(monkeypatch, [" A ", "q", "a"], 6)
+    shown = capsys.readouterr().out
+    assert "2 of 6" in shown
+    assert "[3]" in shown
+    judge(monkeypatch, "aaaaa", 6)
+    lines = read_lines("mine.jsonl")
+    assert len(lines) == 6  # as many as asked for: it ended by itself
+    assert len({json.dumps(line) for line in lines}) == 6
+    train_prompts = reward_model.make_prompts("cpu")[0].tolist()
+    assert all(list(map(int, line["prompt"])) in train_prompts for line in lines)
+    judge(monkeypatch, "a", 6)
+    assert len(read_lines("mine.jsonl")) == 6  # nothing is left to ask
 
 
+def test_what_the_judge_is_shown(monkeypatch, capsys):
+    pairs = [[[7, 3, EOS], [1, 1, EOS]], [[1, 1, EOS], [1, 1, EOS]], [[EOS] * 3, [1, 2, 3]]]
+    monkeypatch.setattr(reward_model, "generate", lambda *_: torch.tensor(pairs.pop(0)))
+    monkeypatch.setattr("builtins.input", lambda question: "b")
+    reward_model.annotate(None, torch.tensor([PROMPT]), Path("mine.jsonl"), 2)
+    assert pairs == []  # the identical pair was not shown
+    shown = re.findall(r"\[(\d)\] (\S+) +A: (\S+) +B: (\S+)", capsys.readouterr().out)
+    assert shown == [("1", "433", "73", "11"), ("2", "433", "(nothing)", "123...")]
+    lines = read_lines("mine.jsonl")
+    assert lines[0] == {"prompt": "433", "chosen": "11", "rejected": "73"}
+    assert lines[1] == {"prompt": "433", "chosen": "123", "rejected": ""}
+
+
+def test_both_responses_shown_belong_to_the_prompt_and_are_the_policys(monkeypatch):
+    calls = programs.spy(monkeypatch, reward_model, "generate")
+    judge(monkeypatch, "aaa", 3)
+    for (_, prompts, temperature), _, _ in calls:
+        assert prompts.shape == (2, 3)
+        assert prompts[0].tolist() == prompts[1].tolist()
+        assert temperature == 1.0
+
+
+@pytest.mark.parametrize("start", [GOOD, GOOD + "\n", "\ufeff" + GOOD + "\n\n"])
+def test_a_last_line_without_an_end_is_ended_before_the_next(start, monkeypatch, capsys):
+    Path("mine.jsonl").write_text(start)
+    judge(monkeypatch, "ab", 3)
+    assert "1 of 3" in capsys.readouterr().out
+    content = Path("mine.jsonl").read_text("utf-8-sig")
+    lines = [json.loads(line) for line in content.split("\n") if line]
+    assert len(lines) == 3
+    assert lines[0] == json.loads(GOOD)
+
+
+@pytest.mark.parametrize("content", [b"hello\n", b"\xff\xfe\x00", b"[1]\n"])
+def test_a_file_that_holds_something_else_is_not_added_to(content, monkeypatch, capsys):
+    Path("mine.jsonl").write_bytes(content)
+    check_refused(capsys, "preferences", annotate=3, **MINE)
+    assert Path("mine.jsonl").read_bytes() == content
+
+
+def test_a_read_only_file_is_refused_in_one_line(monkeypatch, capsys):
+    Path("mine.jsonl").write_text(GOOD + "\n")
+    path_open = Path.open
+
+    def read_only(path, mode="r", *args, **more):
+        if "a" in mode or "w" in mode or "+" in mode:
+            raise PermissionError("read-only")
+        return path_open(path, mode, *args, **more)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    check_refused(capsys, "preferences", annotate=3, **MINE)
+    assert Path("mine.jsonl").read_text() == GOOD + "\n"
+
+
+@pytest.mark.parametrize("path", [".", "missing/mine.jsonl"])
+def test_a_place_where_no_file_can_be_is_refused(path, capsys, tmp_path):
+    check_refused(capsys, "preferences", annotate=3, **MINE | {"preferences": Path(path)})
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------- The program
 @pytest.fixture(scope="module", autouse=True)
 def program(tmp_path_factory):
-    words = "--num-responses 64 --sft-steps 5 --epochs 1 --ensemble-size 2 --save-path rm.pt"
-    yield from programs.start(f"reward_model.py {words}", tmp_path_factory.mktemp("program"))
+    words = "--num-examples 64 --sft-steps 5 --epochs 1 --ensemble-size 2 --uncertainty-coef 0.5"
+    folder = tmp_path_factory.mktemp("program")
+    yield from programs.start(f"reward_model.py {words} --save-path rm.pt", folder)
 
 
 @pytest.fixture(autouse=True)
 def short_runs(monkeypatch, tmp_path):
-    programs.shorten_runs(monkeypatch, tmp_path, reward_model, *TRAINERS)
+    programs.shorten_runs(monkeypatch, tmp_path, reward_model, ppo, grpo, held_out=8)
 
 
 def run(**flags):
-    """Learn from 8 groups of 8 unless told otherwise; the result without the time taken."""
-    defaults = {"num_responses": 64, "epochs": 1, "minibatch_size": 2, "sft_steps": 20}
-    result = reward_model.main(reward_model.Args(**(defaults | {"tensorboard": False} | flags)))
-    return {name: value for name, value in result.items() if name != "seconds"}
+    """Learn from 64 examples in minibatches of 16 unless told otherwise."""
+    defaults = {"num_examples": 64, "epochs": 1, "minibatch_size": 16, "sft_steps": 20}
+    return reward_model.main(reward_model.Args(**defaults | {"tensorboard": False} | flags))
 
 
-@pytest.mark.parametrize("kind", ["preferences", "labels", "demonstrations"])
-def test_a_step_reads_each_response_once_for_all_judgements_about_its_prompts(kind, monkeypatch):
-    """Scores are made to say of which prompt and response they are."""
-    train, held_out = reward_model.make_prompts()
-    monkeypatch.setattr(reward_model, "make_prompts", lambda: (train[:3], held_out))
-    judged, learned, asked, steps, place = [], [], [], [], torch.tensor([1, 11, 121])
+def check_refused(capsys, flag, **flags):
+    """main() ends with status 2 and one line on stderr that names the flag."""
+    with pytest.raises(SystemExit) as stop:
+        run(**flags)
+    out, error = capsys.readouterr()
+    assert stop.value.code == 2
+    assert out == ""
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert "--" + flag.replace("_", "-") in error
 
-    def coded(x, y):
-        prompt, response = (x * place).sum(1), (y * place).sum(-1)
-        return prompt.view(-1, *[1] * (response.dim() - 1)) + 1331 * response
 
-    def rows(columns):
-        return map(tuple, torch.cat([c.long().view(len(c), -1) for c in columns], 1).tolist())
+LEARN_FROM = ["preferences", "labels", "demonstrations"]
+LOSSES = {"labels": "label_loss", "preferences": "preference_loss"}
+LOSSES["demonstrations"] = "demonstration_loss"
+CODE = torch.tensor([1.0, 11.0, 121.0])
 
-    def noted_sample(policy, x, *how):
-        asked.extend(map(tuple, x.tolist()))
-        x, *columns = sample(policy, x, *how)
-        if kind == "preferences":
-            columns[2][::3] = True  # some ties
-        judged.extend(rows([c if c.dtype == torch.bool else coded(x, c) for c in columns]))
-        return x, *columns
 
-    def scores(model, x, y):
-        steps.append(coded(x, y).tolist())
-        return coded(x, y) + 0 * model.head.bias
+def code(prompts, responses):
+    """A number that says which prompt and which response this is. Exact in float32."""
+    return (prompts * CODE).sum(-1) + 1331 * (responses * CODE).sum(-1)
+
+
+def coded_rows(kind, examples):
+    """What the loss should get for each example, as tuples."""
+    prompts, *columns = examples
+    if kind == "preferences":
+        chosen, rejected, ties = columns
+        values = [code(prompts, chosen), code(prompts, rejected), ties.float()]
+        return [tuple(row) for row in torch.stack(values, 1).tolist()]
+    if kind == "labels":
+        responses, labels = columns
+        values = [code(prompts, responses), labels.float()]
+        return [tuple(row) for row in torch.stack(values, 1).tolist()]
+    candidates, log_weights = columns
+    scores = code(prompts[:, None], candidates)
+    return [tuple(row) for row in torch.cat([scores, log_weights], 1).tolist()]
+
+
+def record_training(monkeypatch, kind):
+    """Record the examples of a run, and the rows that its loss function gets at each step."""
+    examples = programs.spy(monkeypatch, reward_model, f"sample_{kind}")
+    batches = []
+    loss_function = getattr(reward_model, LOSSES[kind])
+
+    def coded_scores(gpt, prompts, responses):
+        return code(prompts, responses) + 0 * gpt.head.bias
 
     def noted_loss(*columns):
-        steps.append([*rows(columns)])
-        learned.extend(steps[-1])
-        return loss(*columns)
+        rows = torch.cat([column.detach().float().view(len(column), -1) for column in columns], 1)
+        batches.append([tuple(row) for row in rows.tolist()])
+        return loss_function(*columns)
 
-    sampler = "sample_" + kind.replace("preferences", "comparisons")
-    sample, loss = getattr(reward_model, sampler), getattr(reward_model, f"{kind[:-1]}_loss")
-    monkeypatch.setattr(reward_model, sampler, noted_sample)
-    monkeypatch.setattr(reward_model, "response_scores", scores)
-    monkeypatch.setattr(reward_model, f"{kind[:-1]}_loss", noted_loss)
-    run(learn_from=kind, num_responses=48, minibatch_size=1)
-    assert sorted(asked) == sorted(map(tuple, train[:3].tolist() * 2))  # in turn, twice each
-    assert sorted(learned) == sorted(judged) and len(judged) >= 48
-    prompts = set()
-    for read, batch in zip(steps[0:6:2], steps[1:6:2], strict=True):
-        scored = [code for row in batch for code in (row if kind == "demonstrations" else row[:-1])]
-        assert sorted(read) == sorted(set(scored))
-        prompts.add(*{code % 1331 for code in read})  # of one prompt
-    assert len(prompts) == 3
+    monkeypatch.setattr(reward_model, "response_scores", coded_scores)
+    monkeypatch.setattr(reward_model, LOSSES[kind], noted_loss)
+    return examples, batches
 
 
-DEMONSTRATIONS = {"learn_from": "demonstrations"}
-CHOICES = [
-    {"learn_from": "labels"},
-    DEMONSTRATIONS,
-    DEMONSTRATIONS | {"group_size": 4},
-    {"num_responses": 32},
-    {"group_size": 4},
-    {"epochs": 2},
-    {"minibatch_size": 4},
-    {"ensemble_size": 2},
-    {"annotator_temperature": 0.01},
-    {"weight_decay": 100.0},
-    {"learning_rate": 1e-4},
-    {"max_grad_norm": 0.001},
-    {"sft_steps": 0},
-    {"seed": 2},
-]
+@pytest.mark.parametrize("kind", LEARN_FROM)
+def test_every_epoch_reads_every_example_once_in_another_order(kind, monkeypatch):
+    examples, batches = record_training(monkeypatch, kind)
+    extra = {"num_samples": 2} if kind == "demonstrations" else {}
+    run(learn_from=kind, num_examples=50, epochs=3, minibatch_size=16, **extra)
+    ((_, sampled, _),) = examples
+    expected = coded_rows(kind, sampled)
+    per_epoch = math.ceil(len(expected) / 16)
+    assert len(batches) == 3 * per_epoch
+    orders = []
+    for epoch in range(3):
+        parts = batches[epoch * per_epoch : (epoch + 1) * per_epoch]
+        assert [len(part) for part in parts[:-1]] == [16] * (per_epoch - 1)
+        rows = [row for part in parts for row in part]
+        assert sorted(rows) == sorted(expected)
+        orders.append(tuple(rows))
+    assert len({*orders, tuple(expected)}) == 4
 
 
-def test_every_flag_and_choice_changes_the_outcome_and_the_same_seed_does_not():
-    results = [run(), *[run(**flags) for flags in CHOICES]]
-    assert all(math.isfinite(value) for result in results for value in result.values())
-    assert len({result["correlation"] for result in results}) == len(results)
-    assert run() == results[0] and run(**DEMONSTRATIONS) == results[2]
-    assert results[0]["disagreement"] == 0 < results[8]["disagreement"]
+def test_members_learn_from_bootstrap_samples(monkeypatch):
+    examples, batches = record_training(monkeypatch, "labels")
+    run(learn_from="labels", num_examples=64, epochs=2, minibatch_size=64, ensemble_size=2)
+    ((_, sampled, _),) = examples
+    known = set(coded_rows("labels", sampled))
+    first, again, second, _ = [sorted(batch) for batch in batches]
+    assert len(first) == len(second) == 64  # as many, drawn with replacement
+    assert first == again  # the same sample in each epoch
+    assert first != second
+    for batch in (first, second):
+        assert set(batch) <= known
+        assert len(set(batch)) < 0.85 * len(known)
 
 
-def test_held_out_prompts_of_a_file_are_not_learned_from(capsys, monkeypatch):
-    train, held_out = reward_model.make_prompts()
-    digits = lambda row: "".join(map(str, row.tolist()))  # noqa: E731
-    lines = [GOOD.replace("433", digits(row)) for row in (*train[:6], *held_out[:3])]
-    losses, seen = reward_model.preference_loss, []
-    monkeypatch.setattr(
-        reward_model, "preference_loss", lambda a, *rest: seen.append(len(a)) or losses(a, *rest)
+def test_training_prompts_are_asked_at_random_with_their_own_targets(monkeypatch):
+    calls = programs.record(monkeypatch, reward_model, "sample_preferences")["sample_preferences"]
+    run(num_examples=300, annotator_temperature=0.3)
+    (call,) = calls
+    train_prompts = set(map(tuple, reward_model.make_prompts("cpu")[0].tolist()))
+    prompts = [tuple(prompt) for prompt in call["prompts"].tolist()]
+    assert len(prompts) == 300
+    assert set(prompts) <= train_prompts
+    assert len(set(prompts)) > 200
+    assert torch.equal(call["targets"], 20 - call["prompts"].sum(1))
+    assert call["annotator_temperature"] == 0.3
+
+
+def record_optimizer(monkeypatch):
+    """Let AdamW note its settings, and its learning rate and the gradient's norm at each step."""
+    steps = []
+    made = []
+
+    class Noting(torch.optim.AdamW):
+        def __init__(self, parameters, **settings):
+            super().__init__(parameters, **settings)
+            made.append(settings)
+
+        def step(self):
+            (group,) = self.param_groups
+            gradients = [p.grad.flatten() for p in group["params"] if p.grad is not None]
+            steps.append((group["lr"], torch.cat(gradients).norm().item()))
+            return super().step()
+
+    monkeypatch.setattr(torch.optim, "AdamW", Noting)
+    return made, steps
+
+
+def test_the_rate_rises_to_its_peak_and_falls_and_stays_above_0(monkeypatch):
+    """Also when the minibatch does not divide the examples."""
+    made, steps = record_optimizer(monkeypatch)
+    flags = {"learn_from": "labels", "num_examples": 50, "minibatch_size": 16, "sft_steps": 0}
+    run(**flags, epochs=10, learning_rate=3e-4, ensemble_size=2, weight_decay=0.3)
+    num_steps = 10 * 4
+    rates = [rate for rate, _ in steps]
+    assert len(rates) == 2 * num_steps
+    expected = [3e-4 * min(k / 4, (num_steps - k + 1) / (num_steps - 3)) for k in range(1, 41)]
+    assert rates[:40] == pytest.approx(expected)
+    assert rates[40:] == pytest.approx(expected)  # anew for each member
+    assert max(rates) == 3e-4
+    assert min(rates) > 0
+    assert [settings["weight_decay"] for settings in made] == [0.3, 0.3]
+
+
+def test_gradients_are_clipped_to_the_flag(monkeypatch):
+    _, steps = record_optimizer(monkeypatch)
+    run(max_grad_norm=0.01, sft_steps=0)
+    assert [norm for _, norm in steps] == pytest.approx([0.01] * len(steps), rel=1e-3)
+
+
+def test_members_start_from_the_reference_with_a_head_of_their_own(monkeypatch):
+    states = []
+    normalise = reward_model.normalise
+
+    def noted(members, prompts, responses):
+        states.extend(copy.deepcopy(gpt.state_dict()) for gpt in members)
+        return normalise(members, prompts, responses)
+
+    monkeypatch.setattr(reward_model, "normalise", noted)
+    run(ensemble_size=2, learning_rate=1e-9, save_path=Path("rm.pt"))
+    reference = torch.load("rm.pt", weights_only=True)["reference"]
+    for state in states:
+        for name in reference:
+            if not name.startswith("head"):
+                torch.testing.assert_close(state[name], reference[name], atol=1e-5, rtol=0)
+    assert states[0]["head.weight"].shape == (1, 64)
+    assert (states[0]["head.weight"] - states[1]["head.weight"]).abs().max() > 0.01
+
+
+def test_curves_are_means_over_the_steps_since_the_last_log(monkeypatch):
+    curves = programs.record_curves(monkeypatch, reward_model)
+    losses = programs.spy(monkeypatch, reward_model, "label_loss")
+    run(
+        learn_from="labels",
+        num_examples=41 * 4,
+        minibatch_size=4,
+        ensemble_size=2,
+        learning_rate=1e-4,
+        tensorboard=True,
     )
-    Path("f.jsonl").write_text("\n".join(lines))
-    number = reward_model.Args.num_responses
-    run(preferences=Path("f.jsonl"), num_responses=number, minibatch_size=6)
-    assert seen == [6] and "left out 3 of 9 judgements" in capsys.readouterr().out
-    Path("f.jsonl").write_text("\n".join(lines[6:]))
+    values = [(loss.item(), accuracy.item()) for _, (loss, accuracy), _ in losses]
+    assert len(values) == 82
+    edges = [*range(0, 41, 4), 41, *range(45, 82, 4), 82]  # every fourth step, and each last one
+    expected = [values[a:b] for a, b in itertools.pairwise(edges)]
+    for place, name in enumerate(["loss", "accuracy"]):
+        means = [sum(row[place] for row in part) / len(part) for part in expected]
+        assert programs.values(curves[f"losses/{name}"]) == pytest.approx(means, abs=1e-5)
+    steps = [step for step, _ in curves["losses/loss"]]
+    assert steps == [4 * edge for edge in edges[1:]]
+    assert len(curves["losses/grad_norm"]) == len(edges) - 1
+    rates = programs.values(curves["charts/learning_rate"])
+    assert max(rates) == pytest.approx(1e-4)
+    assert rates[-1] == pytest.approx(1e-4 / 38)
+    assert {"charts/examples_per_second", "eval/accuracy", "eval/correlation"} <= set(curves)
+
+
+def test_progress_says_how_much_time_is_left(monkeypatch, capsys):
+    programs.tick(monkeypatch, reward_model)
+    run(learn_from="labels", ensemble_size=2)
+    lines = capsys.readouterr().out.splitlines()[1:-1]
+    found = [re.search(r"example +(\d+) .* ([\d.]+) examples/s  (\d+) s left", x) for x in lines]
+    rows = [[float(x) for x in match.groups()] for match in found]
+    assert [row[0] for row in rows] == list(range(16, 129, 16))
+    for number, (seen, speed, left) in enumerate(rows, start=1):  # the clock adds one per reading
+        assert speed == pytest.approx(seen / number, abs=0.06)
+        assert left == round(number * (128 - seen) / seen)
+
+
+# ---------------------------------------------------------------------------- Files
+def save_policy(path, **changes):
+    saved = {"policy": make_gpt(4).state_dict(), "reference": make_gpt(5).state_dict()}
+    torch.save({"args": {}} | saved | changes, path)
+    return Path(path)
+
+
+def is_gpt(gpt, seed):
+    return torch.equal(gpt.head.weight, make_gpt(seed).head.weight)
+
+
+FROM_POLICY = {"sft_steps": reward_model.Args.sft_steps}
+
+
+@pytest.mark.parametrize("kind", LEARN_FROM)
+def test_a_saved_policy_is_judged_and_its_reference_is_the_reference(kind, monkeypatch):
+    path = save_policy("policy.pt")
+    sampled = programs.record(monkeypatch, reward_model, f"sample_{kind}")[f"sample_{kind}"]
+    calls = programs.record(monkeypatch, reward_model, "evaluate_scores", "normalise", "generate")
+    run(policy=path, learn_from=kind, save_path=Path("rm.pt"), **FROM_POLICY)
+    assert is_gpt(sampled[0]["policy"], 4)
+    if kind == "demonstrations":
+        assert is_gpt(sampled[0]["reference"], 5)
+    assert is_gpt(calls["evaluate_scores"][0]["policy"], 4)
+    (normalised,) = calls["normalise"]
+    assert normalised["responses"].shape == (1024, 3)
+    samples = [call for call in calls["generate"] if len(call["prompts"]) == 1024]
+    assert len(samples) == 1
+    assert is_gpt(samples[0]["policy"], 5)  # scores are normalised on the reference's samples
+    assert torch.equal(samples[0]["prompts"], normalised["prompts"])
+    saved = torch.load("rm.pt", weights_only=True)["reference"]
+    assert torch.equal(saved["head.weight"], make_gpt(5).head.weight)
+
+
+def test_without_a_saved_policy_the_reference_is_judged(monkeypatch):
+    calls = programs.record(monkeypatch, reward_model, "sample_demonstrations", "evaluate_scores")
+    run(learn_from="demonstrations", num_samples=3)
+    (sampled,) = calls["sample_demonstrations"]
+    assert sampled["policy"] is sampled["reference"]
+    assert sampled["num_samples"] == 3
+    assert calls["evaluate_scores"][0]["policy"] is sampled["reference"]
+    assert not any(p.requires_grad for p in sampled["reference"].parameters())
+
+
+def test_a_person_can_judge_a_saved_policy(monkeypatch):
+    path = save_policy("policy.pt")
+    calls = programs.record(monkeypatch, reward_model, "annotate")["annotate"]
+    judge(monkeypatch, "a", 1, policy=path, **FROM_POLICY)
+    assert is_gpt(calls[0]["policy"], 4)
+
+
+class Malicious:
+    """Unpickling this creates a file."""
+
+    def __reduce__(self):
+        return open, ("executed", "w")
+
+
+def wrong_policy_files():
+    good = save_policy("good.pt").read_bytes()
+    Path("good.pt").unlink()
+    nan = make_gpt(4).state_dict()
+    nan["embed.weight"][9, 0] = math.nan
+    infinite = make_gpt(5).state_dict()
+    infinite["head.bias"][3] = math.inf
+    Path("truncated.pt").write_bytes(good[: len(good) // 2])
+    Path("text.pt").write_bytes(b"hello")
+    Path("empty.pt").write_bytes(b"")
+    save_policy("nan.pt", policy=nan)
+    save_policy("infinite.pt", reference=infinite)
+    save_policy("shape.pt", policy=make_gpt(4, outputs=1).state_dict())
+    save_policy("malicious.pt", args=Malicious())
+    torch.save({"policy": make_gpt(4).state_dict()}, "no_reference.pt")
+    torch.save(make_gpt(4).state_dict(), "bare.pt")
+    return sorted(path.name for path in Path().glob("*.pt"))
+
+
+def test_wrong_policy_files_are_refused_in_one_line_and_nothing_is_run(capsys, tmp_path):
+    names = wrong_policy_files()
+    assert len(names) == 9
+    for name in [*names, "missing.pt", "."]:
+        check_refused(capsys, "policy", policy=Path(name), **FROM_POLICY)
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+@pytest.mark.parametrize("script", [ppo, grpo], ids=["ppo", "grpo"])
+@pytest.mark.parametrize("ensemble_size", [1, 2])
+def test_the_saved_file_is_loaded_by_the_scripts_that_train_a_policy(script, ensemble_size):
+    run(ensemble_size=ensemble_size, save_path=Path("rm.pt"))
+    saved = torch.load("rm.pt", weights_only=True)
+    assert saved.keys() == {"args", "members", "reference", "uncertainty_coef"}
+    assert len(saved["members"]) == ensemble_size
+    loaded = script.load_reward_model("rm.pt", "cpu")
+    prompts, responses = some_responses()
+    scores = []
+    for weights in saved["members"]:
+        gpt = reward_model.GPT(outputs=1)
+        gpt.load_state_dict(weights)
+        scores.append(reward_model.response_scores(gpt, prompts, responses).detach())
+    torch.testing.assert_close(loaded(prompts, responses), sum(scores) / ensemble_size)
+
+
+def test_saved_scores_are_normalised_on_the_references_samples():
+    run(save_path=Path("rm.pt"), learn_from="labels", ensemble_size=2)
+    loaded = ppo.load_reward_model("rm.pt", "cpu")
+    prompts = reward_model.make_prompts("cpu")[0].repeat(4, 1)
+    torch.manual_seed(9)
+    scores = loaded(prompts, reward_model.generate(loaded.reference, prompts, 1.0))
+    assert scores.mean().item() == pytest.approx(0, abs=0.15)
+    assert scores.std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_program_and_pipeline(program):
+    """Learn and save by the real command; ppo.py loads the file and trains on it."""
+    folder, printed = program()
+    header, *progress, ending = printed.splitlines()
+    date = r"\d{4}-\d{2}-\d{2}-\d{6}"
+    assert re.match(rf"reward_model__1__{date}: ", header)
+    number = r"-?\d+\.\d{3}"
+    form = rf"example +\d+  loss {number}  accuracy {number}  [\d,.]+ examples/s  \d+ s left"
+    for line in progress:
+        assert re.fullmatch(form, line), line
+    assert re.match(rf"held-out pair accuracy {number} ± {number}  Bayes accuracy {number}", ending)
+    assert {path.name for path in folder.iterdir()} == {"runs", "rm.pt"}
+    saved = torch.load(folder / "rm.pt", weights_only=True)
+    assert saved["args"]["num_examples"] == "64"
+    assert saved["uncertainty_coef"] == 0.5
+    (events,) = (folder / "runs").iterdir()
+    assert re.fullmatch(rf"reward_model__1__{date}", events.name)
+    programs.check_hyperparameters(events, reward_model.Args(), num_examples="64", seed="1")
+    flags = {"sft_steps": 5, "batch_size": 64, "total_episodes": 64, "tensorboard": False}
+    result = ppo.main(ppo.Args(reward_model=folder / "rm.pt", **flags))
+    assert all(math.isfinite(value) for value in result.values())
+
+
+# ---------------------------------------------------------------------------- Preference files
+FROM_FILE = {"preferences": Path("pairs.jsonl"), "num_examples": DEFAULTS["num_examples"]}
+
+
+def write_pairs(prompts, line=GOOD):
+    lines = [line.replace("433", "".join(map(str, prompt))) for prompt in prompts]
+    Path("pairs.jsonl").write_text("\n".join(lines))
+
+
+def test_pairs_of_a_file_are_learned_from_but_not_those_of_held_out_prompts(monkeypatch, capsys):
+    train_prompts, _, test_prompts, _ = reward_model.make_prompts("cpu")
+    tie = GOOD[:-1] + ', "tie": true}'
+    write_pairs([*train_prompts[:6].tolist(), *test_prompts[:3].tolist()], tie)
+    losses = programs.spy(monkeypatch, reward_model, "preference_loss")
+    run(**FROM_FILE)
+    ((chosen, _, ties), _, _) = losses[0]
+    assert len(losses) == 1
+    assert len(chosen) == 6
+    assert ties.all()
+    assert "3 with held-out prompts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "",
+        GOOD + "\n[1]\n",
+        (GOOD.replace("11", "73") + "\n") * 4,  # nothing but identical responses
+        GOOD.replace("433", "43"),
+    ],
+)
+def test_files_with_nothing_to_learn_from_are_refused(content, capsys, tmp_path):
+    if content is not None:
+        Path("pairs.jsonl").write_text(content)
+    check_refused(capsys, "preferences", **FROM_FILE)
+    assert {path.name for path in tmp_path.iterdir()} <= {"pairs.jsonl"}
+
+
+def test_a_policy_that_always_writes_the_same_is_refused(monkeypatch):
+    def same(policy, prompts, temperature):
+        return torch.tensor([[1, 2, EOS]]).repeat(len(prompts), 1)
+
+    monkeypatch.setattr(reward_model, "generate", same)
     with pytest.raises(SystemExit) as stop:
-        run(preferences=Path("f.jsonl"), num_responses=number)
-    assert stop.value.code == 2 and "held-out" in capsys.readouterr().err
+        run()
+    assert "identical" in str(stop.value.code)
 
 
-FILE = {"preferences": Path("missing.jsonl"), "num_responses": reward_model.Args.num_responses}
-PLAIN = {name: getattr(reward_model.Args, name) for name in ("epochs", "minibatch_size")} | FILE
+# ---------------------------------------------------------------------------- Flags
+def test_same_seed_same_result_and_every_flag_changes_it():
+    save_policy("policy.pt")
+    choices = [
+        {},
+        {"learn_from": "labels"},
+        {"learn_from": "demonstrations"},
+        {"learn_from": "demonstrations", "num_samples": 2},
+        {"num_examples": 32},
+        {"epochs": 2},
+        {"minibatch_size": 8},
+        {"ensemble_size": 2},
+        {"ensemble_size": 2, "uncertainty_coef": 1.0},
+        {"annotator_temperature": 0.01},
+        {"weight_decay": 100.0},
+        {"learning_rate": 1e-4},
+        {"max_grad_norm": 0.001},
+        {"sft_steps": 0},
+        {"policy": Path("policy.pt"), **FROM_POLICY},
+        {"seed": 2},
+    ]
+    results = [run(**flags) for flags in choices]
+    for result in results:
+        assert all(math.isfinite(value) for value in result.values())
+    assert len({result["correlation"] for result in results}) == len(results)
+    assert run() == results[0]
+    assert results[0]["deviation"] == 0 < results[7]["deviation"]
 
 
-def test_values_at_the_border_are_taken(tmp_path):
-    check, args = reward_model.check_args, reward_model.Args
-    check(args(seed=0, sft_steps=0, num_responses=2, group_size=2, epochs=1, minibatch_size=1))
-    check(args(seed=2**63 - 1, weight_decay=0.0, ensemble_size=1))
-    check(args(annotate=1, preferences=tmp_path / "new.jsonl"))
+def test_values_at_the_border_are_taken():
+    reward_model.check_args(
+        reward_model.Args(seed=0, sft_steps=0, num_examples=1, epochs=1, minibatch_size=1)
+    )
+    reward_model.check_args(
+        reward_model.Args(seed=2**63 - 1, weight_decay=0.0, ensemble_size=2, uncertainty_coef=0.0)
+    )
+    reward_model.check_args(reward_model.Args(learn_from="demonstrations", num_samples=1))
+    reward_model.check_args(reward_model.Args(annotate=1, preferences=Path("new.jsonl")))
 
 
+NAN = float("nan")
 BAD = [
-    ({"num_responses": 0}, "num-responses"),
-    ({"num_responses": 7}, "num-responses"),
-    ({"group_size": 1}, "group-size"),
-    ({"epochs": 0}, "epochs"),
-    ({"minibatch_size": 0}, "minibatch-size"),
-    ({"ensemble_size": 0}, "ensemble-size"),
-    ({"learning_rate": 0.0}, "learning-rate"),
-    ({"learning_rate": float("nan")}, "learning-rate"),
-    ({"max_grad_norm": 0.0}, "max-grad-norm"),
-    ({"annotator_temperature": 0.0}, "annotator-temperature"),
-    ({"annotator_temperature": float("inf")}, "annotator-temperature"),
-    ({"weight_decay": -1.0}, "weight-decay"),
-    ({"seed": -1}, "seed"),
-    ({"sft_steps": -1}, "sft-steps"),
-    ({"annotate": 3}, "annotate"),
-    (PLAIN | {"annotate": 0}, "annotate"),
-    (PLAIN | {"annotate": 3, "preferences": Path("missing/f.jsonl")}, "annotate"),
-    (PLAIN | {"annotate": 3, "save_path": Path("rm.pt")}, "save-path"),
-    (PLAIN | {"annotate": 3, "ensemble_size": 2}, "ensemble-size"),
-    (FILE, "preferences"),
-    (FILE | {"num_responses": 64}, "num-responses"),
-    (FILE | {"group_size": 4}, "group-size"),
-    (FILE | {"learn_from": "labels"}, "learn-from"),
-    ({"device": "cuda"}, "device"),
+    ("seed", {"seed": -1}),
+    ("sft_steps", {"sft_steps": -1}),
+    ("num_examples", {"num_examples": 0}),
+    ("num_samples", {"num_samples": 0, "learn_from": "demonstrations"}),
+    ("annotator_temperature", {"annotator_temperature": 0.0}),
+    ("annotator_temperature", {"annotator_temperature": float("inf")}),
+    ("epochs", {"epochs": 0}),
+    ("minibatch_size", {"minibatch_size": 0}),
+    ("learning_rate", {"learning_rate": 0.0}),
+    ("learning_rate", {"learning_rate": NAN}),
+    ("max_grad_norm", {"max_grad_norm": 0.0}),
+    ("weight_decay", {"weight_decay": -1.0}),
+    ("weight_decay", {"weight_decay": NAN}),
+    ("ensemble_size", {"ensemble_size": 0}),
+    ("uncertainty_coef", {"uncertainty_coef": -1.0, "ensemble_size": 2}),
+    ("uncertainty_coef", {"uncertainty_coef": NAN, "ensemble_size": 2}),
+    ("annotate", {"annotate": 3}),
+    ("annotate", {"annotate": 0, **MINE}),
+    # Flags that would not be read.
+    ("uncertainty_coef", {"uncertainty_coef": 1.0}),
+    ("num_samples", {"num_samples": 3}),
+    ("num_samples", {"num_samples": 3, "learn_from": "labels"}),
+    ("sft_steps", {"policy": Path("policy.pt"), "sft_steps": 20}),
+    ("num_examples", {"preferences": Path("pairs.jsonl"), "num_examples": 64}),
+    ("learn_from", {**FROM_FILE, "learn_from": "labels"}),
+    ("save_path", {"annotate": 3, **MINE, "save_path": Path("rm.pt")}),
+    ("annotator_temperature", {"annotate": 3, **MINE, "annotator_temperature": 0.3}),
+    ("epochs", {"annotate": 3, **MINE, "epochs": 1}),
+    ("minibatch_size", {"annotate": 3, **MINE, "minibatch_size": 1}),
+    ("learning_rate", {"annotate": 3, **MINE, "learning_rate": 0.1}),
+    ("max_grad_norm", {"annotate": 3, **MINE, "max_grad_norm": 0.1}),
+    ("weight_decay", {"annotate": 3, **MINE, "weight_decay": 0.1}),
+    ("ensemble_size", {"annotate": 3, **MINE, "ensemble_size": 2}),
+    ("num_examples", {"annotate": 3, **MINE, "num_examples": 64}),
+    ("learn_from", {"annotate": 3, **MINE, "learn_from": "labels"}),
 ]
 
 
-@pytest.mark.parametrize("flags,named", BAD)
-def test_bad_values_end_with_one_line_and_nothing_written(flags, named, capsys, tmp_path):
-    if flags.get("device") == "cuda" and torch.cuda.is_available():
-        pytest.skip("there is a cuda device")
-    with pytest.raises(SystemExit) as stop:
-        run(**({"tensorboard": True} | flags))
-    out, error = capsys.readouterr()
-    assert stop.value.code == 2 and out == ""
-    assert error.count("\n") == 1 and f"--{named}" in error
+@pytest.mark.parametrize("flag, flags", BAD)
+def test_bad_values_end_with_one_line_and_nothing_written(flag, flags, capsys, tmp_path):
+    check_refused(capsys, flag, **{"tensorboard": True} | flags)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bad_words_are_refused_by_the_parser():
-    for words in (["--learn-from", "nothing"], ["--reward", "exact"], ["--annotate", "x"]):
-        with pytest.raises(SystemExit) as stop:
-            tyro.cli(reward_model.Args, args=words)
-        assert stop.value.code == 2
-
-
-def test_a_step_that_is_not_finite_stops_the_run(monkeypatch):
-    broken = lambda a, b, t: ((a * math.inf).sum(), {})  # noqa: E731
-    monkeypatch.setattr(reward_model, "preference_loss", broken)
+@pytest.mark.parametrize(
+    "words", [["--learn-from", "nothing"], ["--group-size", "8"], ["--annotate", "x"]]
+)
+def test_bad_words_are_refused_by_the_parser(words):
     with pytest.raises(SystemExit) as stop:
-        run()
-    assert "step 1" in str(stop.value.code) and "--learning-rate" in str(stop.value.code)
+        tyro.cli(reward_model.Args, args=words)
+    assert stop.value.code == 2
 
 
-def test_rewards_are_logged_and_the_rate_rises_and_falls(monkeypatch):
-    curves, write = {}, reward_model.write
+def test_a_step_that_is_not_finite_stops_the_run_and_saves_nothing(monkeypatch, tmp_path):
+    def broken(scores, labels):
+        return (scores * math.inf).sum(), scores.mean().detach()
 
-    def noted(writer, group, metrics, step):
-        for name, value in metrics.items():
-            curves.setdefault(f"{group}/{name}", []).append(float(value))
-        write(writer, group, metrics, step)
-
-    monkeypatch.setattr(reward_model, "write", noted)
-    run(epochs=5, learning_rate=1e-4, ensemble_size=2)
-    for name in "chosen rejected margins accuracies".split():
-        assert len(curves[f"rewards/{name}"]) == 20  # two steps each
-    gaps = zip(curves["rewards/chosen"], curves["rewards/rejected"], strict=True)
-    assert [a - b for a, b in gaps] == pytest.approx(curves["rewards/margins"], abs=1e-5)
-    rates = curves["charts/learning_rate"]
-    for own in (rates[:10], rates[10:]):  # the second step of each two; for each member anew
-        middle = [k - 0.5 for k in range(2, 21, 2)]
-        assert own == pytest.approx([1e-4 * min(k / 2, (20 - k) / 20) for k in middle])
-    assert {"losses/loss", "losses/grad_norm"} <= set(curves)
+    monkeypatch.setattr(reward_model, "label_loss", broken)
+    with pytest.raises(SystemExit) as stop:
+        run(learn_from="labels", save_path=Path("rm.pt"))
+    assert "step 1" in str(stop.value.code)
+    assert "--learning-rate" in str(stop.value.code)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_learning_finds_an_easy_reward(monkeypatch):
-    """Is the first digit above 4? All three kinds of judgements teach it in a few steps."""
-    easy = lambda p, r: ((r[:, 0] > 4) & (r[:, 0] != EOS)).float()  # noqa: E731
+@pytest.mark.parametrize("kind", LEARN_FROM)
+def test_learning_finds_an_easy_reward(kind, monkeypatch):
+    """Is the first digit above 4? Feedback of each kind teaches it in a few steps."""
+
+    def easy(targets, responses):
+        return ((responses[:, 0] > 4) & (responses[:, 0] != EOS)).float()
+
     monkeypatch.setattr(reward_model, "reward", easy)
-    flags = {"minibatch_size": 4, "annotator_temperature": 0.25, "num_responses": 2048}
-    for kind in ("preferences", "labels", "demonstrations"):
-        result = run(learn_from=kind, **flags)
-        assert result["accuracy"] > result["attainable"] - 0.02, kind
-        assert result["correlation"] > 0.6, kind  # r may be off by a constant a prompt
-        assert result["calibration_error"] < 0.1, kind
-        assert result["best_of_16"] > 0.98 * result["best_of_16_attainable"], kind
-
-
-# ---------------------------------------------------------------- Its file, in the other scripts
-
-
-def save(path, seeds=(0, 1), **changes):
-    models = [random_model(seed).state_dict() for seed in seeds]
-    torch.save({"script": "reward_model.py", "args": {}, "models": models} | changes, path)
-    return path
-
-
-@pytest.mark.parametrize("coef", [0.0, 0.7])
-@pytest.mark.parametrize("script", TRAINERS, ids=lambda script: script.__name__)
-def test_loaded_score_is_the_mean_less_the_deviation(script, coef, tmp_path):
-    score = script.load_reward_model(save(tmp_path / "rm.pt", (0, 1, 2)), coef, "cpu")
-    prompts, responses = everything(2)
-    rows = torch.randint(len(prompts), (3000,))
-    each = [reward_model.response_scores(random_model(s), prompts, responses) for s in range(3)]
-    expected = []
-    for values in zip(*(x.tolist() for x in each), strict=True):
-        expected.append(sum(values) / 3 - coef * oracle.deviation(values))
-    expected = torch.tensor(expected)
-    torch.testing.assert_close(score(prompts[:5], responses[:5]), expected[:5], atol=1e-5, rtol=0)
-    found = score(prompts[rows], responses[rows])  # some looked up, some new, some twice
-    torch.testing.assert_close(found, expected[rows], atol=1e-5, rtol=0)
-    assert not found.requires_grad
-
-
-class Payload:
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
-
-
-def bad_files(folder):
-    good = save(folder / "good.pt").read_bytes()
-    weights = random_model().state_dict()
-    other = {**weights, "head.bias": torch.tensor([torch.nan])}
-    files = {"cut.pt": good[: len(good) // 2], "text.pt": b"hello", "empty.pt": b""}
-    files["pickle.pt"] = pickle.dumps({"script": "reward_model.py", "models": [Payload()]})
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    save(folder / "code.pt", args=Payload())
-    save(folder / "none.pt", models=[])
-    save(folder / "nan.pt", models=[other])
-    save(folder / "shape.pt", models=[reward_model.GPT().state_dict()])
-    save(folder / "script.pt", script="ppo.py")
-    torch.save({"script": "ppo.py", "args": {}, "policy": weights}, folder / "ppo.pt")
-    torch.save(weights, folder / "bare.pt")
-    (folder / "good.pt").unlink()
-    return ["missing.pt", ".", *sorted(p.name for p in folder.glob("*.pt"))]
-
-
-@pytest.mark.parametrize("script", TRAINERS, ids=lambda script: script.__name__)
-def test_wrong_files_are_refused_in_one_line_and_nothing_is_run(script, tmp_path, capsys):
-    names = bad_files(tmp_path)
-    before = sorted(tmp_path.iterdir())
-    assert len(names) >= 12
-    for name in names:
-        args = script.Args(reward_model=Path(name), sft_steps=1, batch_size=64, total_episodes=64)
-        with pytest.raises(SystemExit) as stop:
-            script.main(args)
-        out, error = capsys.readouterr()
-        assert stop.value.code == 2 and out == "", name
-        assert error.count("\n") == 1 and f"--reward-model {name}" in error, error
-        assert sorted(tmp_path.iterdir()) == before
-
-
-@pytest.mark.parametrize("script", TRAINERS, ids=lambda script: script.__name__)
-def test_flags_that_would_not_be_read_are_refused(script, tmp_path, capsys):
-    one, path = save(tmp_path / "one.pt", (0,)), save(tmp_path / "two.pt")
-    kinds = ["sharp", "process"] if script is ppo else ["sharp"]
-    cases = [({"reward": kind, "reward_model": path}, "--reward") for kind in kinds]
-    coefs = [{"rm_uncertainty_coef": v, "reward_model": path} for v in (-1.0, math.nan)]
-    coefs += [{"rm_uncertainty_coef": 0.5}, {"rm_uncertainty_coef": 0.5, "reward_model": one}]
-    for flags, named in [*cases, *[(flags, "--rm-uncertainty-coef") for flags in coefs]]:
-        small = {"sft_steps": 1, "batch_size": 64, "total_episodes": 64}
-        with pytest.raises(SystemExit) as stop:
-            script.main(script.Args(**small, **flags))
-        out, error = capsys.readouterr()
-        assert stop.value.code == 2 and out == ""
-        assert error.count("\n") == 1 and f"{named} " in error
-        assert {p.name for p in tmp_path.iterdir()} == {"one.pt", "two.pt"}
-
-
-@pytest.mark.parametrize("script", TRAINERS, ids=lambda script: script.__name__)
-def test_learned_score_is_trained_on_and_the_true_one_logged(script, tmp_path, monkeypatch, capsys):
-    path = save(tmp_path / "rm.pt")
-    curves = {}
-
-    def noted(writer, group, metrics, step):
-        for name, value in metrics.items():
-            curves.setdefault(f"{group}/{name}", []).append(float(torch.as_tensor(value).detach()))
-
-    monkeypatch.setattr(script, "write", noted)
-    rolled = programs.spy_on_samples(monkeypatch, script)
-    small = {"sft_steps": 20, "batch_size": 64, "total_episodes": 128}
-    plain = script.main(script.Args(tensorboard=False, **small))
-    assert "charts/gold_score" not in curves
-    capsys.readouterr()
-    curves.clear(), rolled.clear()
-    monkeypatch.setattr(script, "SummaryWriter", lambda run: programs.NoWriter())
-    results = [
-        script.main(script.Args(reward_model=path, rm_uncertainty_coef=coef, **small))
-        for coef in (0.0, 1.0)
-    ]
-    for i, ((_, prompts, _), responses, _) in enumerate(rolled):
-        learned = script.load_reward_model(path, float(i >= 2), "cpu")(prompts, responses)
-        gold = [
-            oracle.score(x, tuple(y))
-            for x, y in zip(prompts.tolist(), responses.tolist(), strict=True)
-        ]
-        assert curves["charts/score"][i] == pytest.approx(learned.mean().item(), abs=1e-5)
-        assert curves["charts/gold_score"][i] == pytest.approx(sum(gold) / 64)
-    assert len(rolled) == 4 and "gold 0." in capsys.readouterr().out
-    assert curves["eval/gold_score"] == pytest.approx(curves["eval/success"])
-    assert len({r["entropy"] for r in (plain, *results)}) == 3
-    assert plain["success_before"] == results[0]["success_before"]  # of the true reward
-    assert plain["score"] != results[0]["score"] != results[1]["score"]
-
-
-def test_pipeline(program):
-    """Learn and save by the real command, load and train on it."""
-    folder, printed = program()
-    lines = printed.splitlines()
-    assert lines[0].startswith("reward_model.py")
-    speed, left = re.fullmatch(r"100%  loss .* (\d+) steps/s +(\d+) s left", lines[-2]).groups()
-    assert int(speed) > 0 and left == "0"
-    assert lines[-1].startswith("held-out pair accuracy") and "best of 16" in lines[-1]
-    assert {p.name for p in folder.iterdir()} == {"runs", "rm.pt"}
-    saved = torch.load(folder / "rm.pt", weights_only=True)
-    assert saved["script"] == "reward_model.py" and saved["args"]["num_responses"] == "64"
-    first, second = saved["models"]
-    assert not torch.equal(first["head.weight"], second["head.weight"])
-    (events,) = (folder / "runs").iterdir()
-    assert events.name.startswith("reward_model__1__")
-    programs.check_hyperparameters(events, reward_model.Args(), num_responses="64", seed="1")
-    flags = {"sft_steps": 5, "batch_size": 64, "total_episodes": 64, "rm_uncertainty_coef": 0.5}
-    result = ppo.main(ppo.Args(reward_model=folder / "rm.pt", tensorboard=False, **flags))
-    assert all(math.isfinite(value) for value in result.values())
+    flags = {"num_examples": 2048, "minibatch_size": 16}
+    if kind == "labels":  # one response per example: slower
+        flags = {"num_examples": 2048, "minibatch_size": 16, "epochs": 2}
+    if kind == "demonstrations":
+        flags = {"num_examples": 512, "num_samples": 3}
+    result = run(learn_from=kind, annotator_temperature=0.25, **flags)
+    assert result["accuracy"] > result["bayes_accuracy"] - 0.02
+    assert result["correlation"] > 0.7  # scores may have a constant per prompt
