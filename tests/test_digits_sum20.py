@@ -590,6 +590,12 @@ def test_a_loss_that_is_not_finite_ends_the_run(monkeypatch):
     assert stop.value.code == "error: loss of rl not finite in epoch 0"
 
 
+def test_a_run_takes_one_thread():
+    torch.set_num_threads(2)
+    digits.train(job("sl", epochs=1), None, False)
+    assert torch.get_num_threads() == 1
+
+
 # ---------------------------------------------------------------------------- What the rows show
 @pytest.fixture(scope="module")
 def short_runs():
