@@ -264,11 +264,6 @@ def masked_sum(x, mask):
     return torch.where(mask, x, 0.0).sum(1)
 
 
-def masked_mean(x, mask):
-    """Mean over all unmasked tokens: (B, R) to a scalar."""
-    return masked_sum(x, mask).sum() / mask.sum()
-
-
 def sft(policy, prompts, responses, steps):
     """Supervised fine-tuning: maximise the likelihood of the demonstrations."""
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1.7e-3)
