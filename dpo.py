@@ -52,14 +52,14 @@ class Args:
 
     # Training
     sft_steps: int = 100  # supervised steps before RL; 0 starts from random weights
-    epochs: int = 2  # passes over the examples
-    minibatch_size: int = 256  # examples per gradient step
-    learning_rate: float = 1e-3  # peak learning rate; linear warmup over 10%, then linear decay
+    epochs: int = 4  # passes over the examples
+    minibatch_size: int = 512  # examples per gradient step
+    learning_rate: float = 2e-3  # peak learning rate; linear warmup over 10%, then linear decay
     max_grad_norm: float = 1.0  # maximum norm for gradient clipping
 
     # Preference pairs
     preferences: Path | None = None  # JSON lines of preference pairs; without it, an annotator's
-    num_pairs: int = 92_160  # number of sampled preference pairs, over all rounds
+    num_pairs: int = 73_728  # number of sampled preference pairs, over all rounds
     rounds: int = 1  # rounds of sampling; later ones add pairs from the current policy
     annotator_temperature: float = 0.5  # τ: prefers A to B with odds exp((R(A) - R(B)) / τ)
 
@@ -395,6 +395,23 @@ def pair_logprobs(gpt, prompts, chosen, rejected, length_normalize):
     return logprobs.chunk(2)
 
 
+@torch.no_grad()
+def reference_logprobs(reference, prompts, chosen, rejected, length_normalize):
+    """pair_logprobs of the reference for all pairs, both (N,). They never change.
+
+    Computed in minibatches, so that the logits of a whole data set need not fit in memory.
+    """
+    chosen_logprobs = []
+    rejected_logprobs = []
+    for rows in torch.arange(len(prompts), device=prompts.device).split(256):
+        logprobs = pair_logprobs(
+            reference, prompts[rows], chosen[rows], rejected[rows], length_normalize
+        )
+        chosen_logprobs.append(logprobs[0])
+        rejected_logprobs.append(logprobs[1])
+    return torch.cat(chosen_logprobs), torch.cat(rejected_logprobs)
+
+
 def pair_loss(h, beta, loss_type):
     """Loss (B,) of pairs from h (B,): how much more the policy prefers w to l than the reference.
 
@@ -487,17 +504,18 @@ def main(args):
         prompts, chosen, rejected, ties = preferences  # (N, P), (N, R), (N, R), (N,)
         if len(prompts) == 0:
             sys.exit(f"error: round {round_number}: all sampled pairs were of identical responses")
+        ref_chosen_logprobs, ref_rejected_logprobs = reference_logprobs(
+            reference, prompts, chosen, rejected, args.length_normalize
+        )
 
-        # 2. Update: several epochs of minibatch steps over all pairs so far. Round r has about r
-        # times the steps of the first round; one learning-rate schedule spans all rounds.
-        steps_per_round = args.epochs * math.ceil(len(prompts) / args.minibatch_size)
-        num_steps = steps_per_round * args.rounds * (args.rounds + 1) // (2 * round_number)
-        warmup = max(1, num_steps // 10)
-        step = steps_per_round * (round_number - 1) // 2
+        # 2. Update: several epochs of minibatch steps over all pairs so far.
+        step = 0
         steps = []  # the metrics of each gradient step since the last log
+        num_steps = args.epochs * math.ceil(len(prompts) / args.minibatch_size)
+        warmup = max(1, num_steps // 10)
         for _ in range(args.epochs):
             for rows in torch.randperm(len(prompts), device=device).split(args.minibatch_size):
-                # Linear warmup over the first 10% of training, then linear decay to 0.
+                # Linear warmup over the first 10% of the round, then linear decay to 0.
                 step += 1
                 decay = (num_steps - step + 1) / (num_steps - warmup + 1)
                 learning_rate = args.learning_rate * min(step / warmup, decay)
@@ -506,17 +524,9 @@ def main(args):
                 chosen_logprobs, rejected_logprobs = pair_logprobs(
                     policy, prompts[rows], chosen[rows], rejected[rows], args.length_normalize
                 )
-                with torch.no_grad():
-                    ref_chosen_logprobs, ref_rejected_logprobs = pair_logprobs(
-                        reference,
-                        prompts[rows],
-                        chosen[rows],
-                        rejected[rows],
-                        args.length_normalize,
-                    )
                 loss, metrics = dpo_loss(
-                    chosen_logprobs - ref_chosen_logprobs,
-                    rejected_logprobs - ref_rejected_logprobs,
+                    chosen_logprobs - ref_chosen_logprobs[rows],
+                    rejected_logprobs - ref_rejected_logprobs[rows],
                     ties[rows],
                     args.beta,
                     args.loss_type,
@@ -535,12 +545,13 @@ def main(args):
                 pairs_seen += len(rows)
 
                 # 3. Log, about twenty times: means over the steps since the last log.
-                if step % math.ceil(num_steps / 20) != 0 and step < num_steps:
+                if step % max(1, num_steps * args.rounds // 20) != 0 and step < num_steps:
                     continue
                 if not grad_norm.isfinite():
                     sys.exit(f"error: gradient not finite in step {step}; lower --learning-rate")
                 seconds = time.time() - loop_start_time
-                seconds_left = seconds * (num_steps - step) / step
+                rounds_left = args.rounds - round_number + 1 - step / num_steps
+                seconds_left = seconds * rounds_left / (args.rounds - rounds_left)
                 means = {}
                 for name in metrics:
                     means[name] = torch.stack([step_means[name] for step_means in steps]).mean()
