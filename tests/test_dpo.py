@@ -219,6 +219,26 @@ def test_what_stands_after_eos_changes_nothing(length_normalize):
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("length_normalize", [False, True])
+def test_reference_logprobs_are_pair_logprobs_in_minibatches(monkeypatch, length_normalize):
+    """600 pairs are two full minibatches and a remainder. There is no gradient to the model."""
+    reference = random_gpt()
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(10, (600, 3), generator=generator)
+    chosen = torch.randint(11, (600, 3), generator=generator)
+    rejected = torch.randint(11, (600, 3), generator=generator)
+    pairs = (prompts, chosen, rejected, length_normalize)
+    expected = dpo.pair_logprobs(reference, *pairs)
+    calls = programs.record(monkeypatch, dpo, "pair_logprobs")["pair_logprobs"]
+    found = dpo.reference_logprobs(reference, *pairs)
+    assert [len(call["prompts"]) for call in calls] == [256, 256, 88]
+    for logprobs, expected_logprobs in zip(found, expected, strict=True):
+        assert logprobs.shape == (600,)
+        assert expected_logprobs.requires_grad  # as the model's weights do
+        assert not logprobs.requires_grad
+        torch.testing.assert_close(logprobs, expected_logprobs.detach(), atol=1e-12, rtol=0)
+
+
 # ---------------------------------------------------------------------------- The optimum
 class World:
     """Two prompts, a tabular policy that can write 11 responses to each, and their scores."""
@@ -566,7 +586,8 @@ def short_runs(monkeypatch, tmp_path):
 
 def run(**flags):
     """Two passes over 96 pairs, unless told otherwise."""
-    defaults = {"epochs": 2, "minibatch_size": 32, "sft_steps": 20, "tensorboard": False}
+    defaults = {"epochs": 2, "minibatch_size": 32, "learning_rate": 1e-3}
+    defaults.update({"sft_steps": 20, "tensorboard": False})
     if "preferences" not in flags:
         defaults["num_pairs"] = 96
     return dpo.main(dpo.Args(**(defaults | flags)))
@@ -606,16 +627,17 @@ def test_every_epoch_reads_every_pair_once_in_another_order(monkeypatch, tmp_pat
     for call in losses:
         assert (call["beta"], call["loss_type"], call["label_smoothing"]) == (0.3, "robust", 0.2)
         assert call["chosen_logratios"].requires_grad
-    policy_calls = calls["pair_logprobs"][0::2]
-    reference_calls = calls["pair_logprobs"][1::2]
-    assert len(policy_calls) == len(reference_calls) == 9
+    reference_call, *policy_calls = calls["pair_logprobs"]  # the reference: once, before training
+    assert len(policy_calls) == 9
     assert all(call["length_normalize"] is True for call in calls["pair_logprobs"])
     assert len({id(call["gpt"]) for call in policy_calls}) == 1
-    assert len({id(call["gpt"]) for call in reference_calls}) == 1
     assert all(p.requires_grad for p in policy_calls[0]["gpt"].parameters())
-    assert not any(p.requires_grad for p in reference_calls[0]["gpt"].parameters())
+    assert not any(p.requires_grad for p in reference_call["gpt"].parameters())
 
     preferences = dpo.read_preferences(path, NO_PROMPTS)
+    assert torch.equal(reference_call["prompts"], preferences[0])
+    assert torch.equal(reference_call["chosen"], preferences[1])
+    assert torch.equal(reference_call["rejected"], preferences[2])
     orders = []
     for epoch in range(3):
         calls_now = policy_calls[3 * epoch : 3 * epoch + 3]
@@ -630,32 +652,67 @@ def test_every_epoch_reads_every_pair_once_in_another_order(monkeypatch, tmp_pat
         orders.append(order)
     assert len(lines) == len(orders[0])
     assert orders[0] != orders[1] != orders[2] != orders[0]
-    for policy_call, reference_call in zip(policy_calls, reference_calls, strict=True):
-        for name in ("prompts", "chosen", "rejected"):
-            assert torch.equal(policy_call[name], reference_call[name])
 
 
 def ties_column(preferences):
     return preferences[3][:, None]
 
 
+def steps_of_two_rounds(monkeypatch, length_normalize=False):
+    """Train for two rounds. Returns the reference and a list of gradient steps for each round.
+
+    A step has the arguments of its forward pass, its two results and the arguments of dpo_loss.
+    """
+    references = programs.record(monkeypatch, dpo, "reference_logprobs")["reference_logprobs"]
+    forward_passes = programs.spy(monkeypatch, dpo, "pair_logprobs")
+    losses = programs.record(monkeypatch, dpo, "dpo_loss")["dpo_loss"]
+    run(rounds=2, minibatch_size=10, length_normalize=length_normalize)
+    assert len(references) == 2
+    reference = references[0]["reference"]
+    assert references[1]["reference"] is reference
+    rounds = []
+    calls = iter(losses)
+    for arguments, results, _ in forward_passes:
+        if arguments[0] is reference:  # at the start of a round
+            rounds.append([])
+        else:
+            rounds[-1].append((arguments, results, next(calls)))
+    assert [*calls] == []
+    assert len(rounds) == 2
+    assert len(rounds[1]) > len(rounds[0]) > 1
+    return reference, rounds
+
+
 @pytest.mark.parametrize("length_normalize", [False, True])
-def test_the_loss_gets_log_ratios_to_the_reference(monkeypatch, tmp_path, length_normalize):
-    """Zero at the first step; later those of the weights at that step."""
-    path = tmp_path / "pairs.jsonl"
-    random_preferences(path)
-    results = programs.spy(monkeypatch, dpo, "pair_logprobs")
-    calls = programs.record(monkeypatch, dpo, "dpo_loss")["dpo_loss"]
-    run(preferences=path, length_normalize=length_normalize)
-    assert all(arguments[4] == length_normalize for arguments, _, _ in results)
-    for step, call in enumerate(calls):
-        chosen, rejected = results[2 * step][1]
-        ref_chosen, ref_rejected = results[2 * step + 1][1]
-        assert not ref_chosen.requires_grad
-        assert torch.equal(call["chosen_logratios"], chosen - ref_chosen)
-        assert torch.equal(call["rejected_logratios"], rejected - ref_rejected)
-    assert calls[0]["chosen_logratios"].abs().max() < 1e-5
-    assert calls[-1]["chosen_logratios"].abs().max() > 1e-3
+def test_the_loss_gets_log_ratios_to_the_reference_of_its_own_rows(monkeypatch, length_normalize):
+    """In both rounds, and though the rows are shuffled: another forward pass of the reference."""
+    reference, rounds = steps_of_two_rounds(monkeypatch, length_normalize)
+    for arguments, results, loss_call in rounds[0] + rounds[1]:
+        assert arguments[4] == length_normalize
+        with torch.no_grad():
+            ref_chosen, ref_rejected = dpo.pair_logprobs(reference, *arguments[1:])
+        chosen, rejected = results
+        close = {"atol": 1e-4, "rtol": 0}
+        torch.testing.assert_close(loss_call["chosen_logratios"], chosen - ref_chosen, **close)
+        torch.testing.assert_close(
+            loss_call["rejected_logratios"], rejected - ref_rejected, **close
+        )
+        # Neither another row's value nor that of the pair's other response would pass.
+        assert (ref_chosen - ref_chosen.roll(1)).abs().max() > 0.01
+        assert (ref_chosen - ref_rejected).abs().max() > 0.01
+
+
+def test_log_ratios_are_zero_in_the_first_step_of_round_1_alone(monkeypatch):
+    """The policy starts as the reference: with the references of chosen and rejected swapped, the
+    log-ratios would not be 0. In round 2 it has moved: with the policy for the reference they
+    would be 0 again."""
+    _, rounds = steps_of_two_rounds(monkeypatch)
+    first = rounds[0][0][2]
+    assert first["chosen_logratios"].abs().max() < 1e-5
+    assert first["rejected_logratios"].abs().max() < 1e-5
+    for call in (rounds[0][-1][2], rounds[1][0][2], rounds[1][-1][2]):
+        assert call["chosen_logratios"].abs().max() > 1e-2
+        assert call["rejected_logratios"].abs().max() > 1e-2
 
 
 def test_rounds_sample_from_the_current_policy_and_share_the_number_of_pairs(monkeypatch):
@@ -667,24 +724,26 @@ def test_rounds_sample_from_the_current_policy_and_share_the_number_of_pairs(mon
     run(num_pairs=96, rounds=3, annotator_temperature=0.3, epochs=1, minibatch_size=1000)
     assert len(calls) == 3
     assert len(logprobs) == 6
-    reference = torch.cat([p.flatten() for p in logprobs[1]["gpt"].parameters()])
+    reference = torch.cat([p.flatten() for p in logprobs[0]["gpt"].parameters()])
     train_prompts, train_targets, _, _ = make_prompts("cpu")
     sampled = []
     expected_targets = dict(zip(map(tuple, train_prompts.tolist()), train_targets, strict=True))
     for number, (arguments, result, weights) in enumerate(calls):
         policy, prompts, targets, annotator_temperature = arguments
-        assert policy is logprobs[0]["gpt"]
+        assert policy is logprobs[1]["gpt"]
         assert len(prompts) == len(targets) == 32
         assert annotator_temperature == 0.3
         assert targets.tolist() == [expected_targets[tuple(x)] for x in prompts.tolist()]
         assert torch.equal(weights, reference) == (number == 0)  # round 1: from the reference
         sampled.append(result)
-        trained = logprobs[2 * number]
         so_far = [torch.cat([pairs[column] for pairs in sampled]) for column in range(3)]
-        assert keys_of(*so_far) == keys_of(
-            trained["prompts"], trained["chosen"], trained["rejected"]
-        )
-        assert logprobs[2 * number + 1]["gpt"] is logprobs[1]["gpt"]
+        referred = logprobs[2 * number]  # each round: the reference, then one gradient step
+        trained = logprobs[2 * number + 1]
+        assert referred["gpt"] is logprobs[0]["gpt"]
+        assert trained["gpt"] is logprobs[1]["gpt"]
+        for call in (referred, trained):
+            pairs = keys_of(call["prompts"], call["chosen"], call["rejected"])
+            assert pairs == keys_of(*so_far)
     assert not torch.equal(calls[0][0][1], calls[1][0][1])  # other prompts in each round
 
 
@@ -706,7 +765,7 @@ def test_curves_are_means_over_the_steps_since_the_last_log(monkeypatch, tmp_pat
         expected = [(metrics[2 * i][name] + metrics[2 * i + 1][name]).item() / 2 for i in range(20)]
         assert programs.values(curves[name]) == pytest.approx(expected, abs=1e-5)
     for name, side in (("logps/chosen", 0), ("logps/rejected", 1)):
-        means = [result[side].mean().item() for _, result, _ in logprobs[0::2]]
+        means = [result[side].mean().item() for _, result, _ in logprobs[1:]]  # 0: the reference
         expected = [(means[2 * i] + means[2 * i + 1]) / 2 for i in range(20)]
         assert programs.values(curves[name]) == pytest.approx(expected, abs=1e-5)
     assert all(value > 0 for value in programs.values(curves["losses/grad_norm"]))
@@ -724,16 +783,17 @@ def test_curves_are_means_over_the_steps_since_the_last_log(monkeypatch, tmp_pat
     assert [step for step, _ in curves["eval/success"]] == [0, 76]
 
 
-def test_the_last_step_is_logged_though_it_is_not_a_twentieth(monkeypatch, tmp_path):
+def test_the_last_step_is_logged_too(monkeypatch, tmp_path):
+    """Of 41 steps, every second one is logged (41 // 20 = 2), and the last."""
     path = tmp_path / "pairs.jsonl"
-    random_preferences(path, 21)
+    random_preferences(path, 41)
     curves = programs.record_curves(monkeypatch, dpo)
-    run(preferences=path, minibatch_size=1, epochs=1, tensorboard=True)
-    assert [step for step, _ in curves["losses/loss"]] == [*range(2, 21, 2), 21]
+    run(preferences=path, minibatch_size=1, epochs=1, tensorboard=True, sft_steps=0)
+    assert [step for step, _ in curves["losses/loss"]] == [*range(2, 41, 2), 41]
 
 
-def test_the_optimizer_uses_the_learning_rate_of_the_step(monkeypatch, tmp_path):
-    """Rounds of 20 and 40 steps share one schedule: 6 steps of warmup, then linear decay."""
+def test_each_round_has_its_own_schedule_and_its_share_of_the_logs(monkeypatch, tmp_path, capsys):
+    """Rounds of 20 and 40 steps: 2 and 4 steps of warmup, then linear decay; 10 logs each."""
     rates = []
     step = torch.optim.AdamW.step
 
@@ -748,9 +808,18 @@ def test_the_optimizer_uses_the_learning_rate_of_the_step(monkeypatch, tmp_path)
     monkeypatch.setattr(
         dpo, "sample_preferences", lambda *_: dpo.read_preferences(path, NO_PROMPTS)
     )
+    programs.tick(monkeypatch, dpo)
     run(rounds=2, num_pairs=40, minibatch_size=1, epochs=1, learning_rate=0.01, sft_steps=0)
-    expected = [0.01 * min(step / 6, (61 - step) / 55) for step in range(1, 61)]
+    expected = []
+    for num_steps, warmup in ((20, 2), (40, 4)):
+        for i in range(1, num_steps + 1):
+            decay = (num_steps + 1 - i) / (num_steps + 1 - warmup)
+            expected.append(0.01 * min(i / warmup, decay))
     assert rates == pytest.approx(expected)
+    progress = re.findall(PROGRESS, capsys.readouterr().out)
+    assert [int(row[0]) for row in progress] == [*range(2, 21, 2), *range(24, 61, 4)]
+    # One second passes between two logs, and a log is a twentieth of the two rounds.
+    assert [int(row[5]) for row in progress] == [*range(19, -1, -1)]
 
 
 def test_gradients_are_clipped_to_the_flag(monkeypatch):
@@ -962,7 +1031,7 @@ def test_program_in_a_shell(program):
     assert re.fullmatch(r"dpo__1__[-\d]+: [\d,]+ parameters on cpu", header)
     rows = [re.fullmatch(PROGRESS, line).groups() for line in progress]
     pairs = [int(row[0]) for row in rows]
-    assert 10 <= len(rows) <= 20
+    assert 10 <= len(rows) < 30
     assert pairs == sorted(pairs)
     assert 160 < pairs[-1] <= 80 + 160
     assert rows[-1][5] == "0"
