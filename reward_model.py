@@ -59,14 +59,14 @@ class Args:
     sft_steps: int = 100  # supervised steps before RL; 0 starts from random weights
     policy: Path | None = None  # judge responses of this saved policy, instead of the reference's
     learn_from: Literal["preferences", "labels", "demonstrations"] = "preferences"  # see above
-    num_examples: int = 8_192  # preference pairs, labelled responses or demonstrations
-    num_samples: int = 7  # samples to tell each demonstration from
+    num_examples: int = 16_384  # preference pairs, labelled responses or demonstrations
+    num_samples: int = 3  # policy samples that each demonstration is compared with
     annotator_temperature: float = 0.5  # τ: prefers A to B with odds exp((R(A) - R(B)) / τ)
     preferences: Path | None = None  # JSON lines of preference pairs; without it, an annotator's
     annotate: int | None = None  # judge pairs yourself until --preferences has this many, then stop
 
     # Training
-    epochs: int = 4  # passes over the examples
+    epochs: int = 3  # passes over the examples
     minibatch_size: int = 64  # examples per gradient step
     learning_rate: float = 1e-3  # peak learning rate; linear warmup over 10%, then linear decay
     max_grad_norm: float = 1.0  # maximum norm for gradient clipping
@@ -424,9 +424,9 @@ def is_higher(scores, other_scores):
 
 
 def preference_loss(chosen_scores, rejected_scores, ties):
-    """Bradley-Terry: -log σ(chosen - rejected); a tie counts half each way. All inputs (N,).
+    """Bradley-Terry: -log σ(chosen - rejected). A tie counts half each way. All inputs (N,).
 
-    Returns the mean loss and the accuracy: how often the chosen response has the higher score.
+    Returns the mean loss, and the accuracy: how often the chosen response scores higher.
     """
     margins = chosen_scores - rejected_scores
     losses = -F.logsigmoid(margins)
@@ -449,9 +449,9 @@ def sample_labels(policy, prompts, targets, annotator_temperature):
 
 
 def label_loss(scores, labels):
-    """Binary cross-entropy: -log σ(score) if the label is good, else -log σ(-score). Both (N,).
+    """Binary cross-entropy: -log σ(score) if labelled good, else -log σ(-score). Both (N,).
 
-    Returns the mean loss and the accuracy: how often the sign of the score agrees with the label.
+    Returns the mean loss, and the accuracy: how often the score's sign agrees with the label.
     """
     margins = torch.where(labels, scores, -scores)
     return -F.logsigmoid(margins).mean(), is_higher(margins, 0.0).mean()
@@ -470,13 +470,13 @@ def response_logprobs(policy, prompts, responses):
 
 
 def sample_demonstrations(policy, reference, prompts, targets, annotator_temperature, num_samples):
-    """A demonstration p ∝ π_ref · exp(R/τ) of each prompt, and M samples of the policy beside it.
+    """For each prompt a demonstration, drawn from p ∝ π_ref · exp(R/τ), and M policy samples.
 
-    Returns prompts (N, P), candidates (N, 1 + M, R) with the demonstration first, and log_weights
-    (N, 1 + M) = log π_ref - log π: a sample counts as often as the reference would have written it.
-    (0 if the policy is the reference.)
+    Returns prompts (N, P), candidates (N, 1 + M, R) with the demonstration first, and
+    log_weights (N, 1 + M) = log π_ref - log π, which let samples of the policy stand for samples
+    of the reference. If the policy is the reference, they are 0.
     """
-    # Rejection sampling: since R ≤ 1, keep a sample of π_ref with probability exp((R - 1) / τ).
+    # Rejection sampling: as R ≤ 1, accept a sample of π_ref with probability exp((R - 1) / τ).
     demonstrations = torch.zeros(len(prompts), RESPONSE_LENGTH, dtype=torch.long)
     demonstrations = demonstrations.to(prompts.device)
     missing = torch.arange(len(prompts), device=prompts.device)
@@ -503,9 +503,10 @@ def sample_demonstrations(policy, reference, prompts, targets, annotator_tempera
 def demonstration_loss(scores, log_weights):
     """Ranking NCE: -log of the probability that the first candidate is the demonstration.
 
-    scores, log_weights: (N, 1 + M). Its minimum is at R/τ for every M, because the demonstration
-    is in the denominator as well. With the samples alone there, scores grow too large.
-    Returns the mean loss and the accuracy: how often a sample scores less than the demonstration.
+    scores, log_weights: (N, 1 + M). The minimum is at R/τ for every M, because the softmax also
+    includes the demonstration. With the samples alone in it, the scores would grow too large.
+    Returns the mean loss and the accuracy: how often the demonstration has a higher score than
+    a sample.
     """
     losses = -(scores + log_weights).log_softmax(1)[:, 0]
     return losses.mean(), is_higher(scores[:, :1], scores[:, 1:]).mean()
@@ -516,8 +517,8 @@ def demonstration_loss(scores, log_weights):
 def normalise(members, prompts, responses):
     """Shift and scale the scores to mean 0 and standard deviation 1 on these responses.
 
-    Only differences between scores mean anything; now a --kl-coef has the same meaning with every
-    reward model. The members keep one common scale, since all were trained in units of τ.
+    Only differences between scores matter. In this unit a --kl-coef means the same with every
+    reward model. The members share one scale, since all were trained in units of τ.
     """
     scores = torch.stack([response_scores(gpt, prompts, responses) for gpt in members])  # (K, B)
     std = scores.mean(0).std(correction=0)
@@ -532,10 +533,10 @@ def normalise(members, prompts, responses):
 def evaluate_scores(reward_model, policy, prompts, targets, annotator_temperature):
     """Compare scores with the annotator and with the true reward, on 16 sampled pairs per prompt.
 
-    accuracy: how often the annotator prefers the response with the higher score, and its standard
-    error. bayes_accuracy: the same for the true reward, which no scores can beat. Neither counts
-    pairs of identical responses. correlation: of the scores with the true reward. deviation: how
-    far the members of an ensemble differ over a pair, the standard deviation of their margins.
+    accuracy: how often the annotator prefers the response with the higher score, with its
+    standard error. bayes_accuracy: the same for the true reward; no scores can do better.
+    Neither counts pairs of identical responses. correlation: of scores and true rewards.
+    deviation: standard deviation of the ensemble's margins (score differences of a pair).
     """
     correct = []
     bayes_correct = []
@@ -580,15 +581,19 @@ def evaluate_scores(reward_model, policy, prompts, targets, annotator_temperatur
 
 # ---------------------------------------------------------------------------- A person as annotator
 def digits(tokens):
-    """The tokens as the person reads them. A response that was truncated ends in dots."""
-    text = "".join(str(token) for token in tokens if token != EOS)
-    if EOS not in tokens:
-        text += "..."
-    return text or "(nothing)"
+    """The digits of a prompt or a response as a string, without EOS and padding."""
+    return "".join(str(token) for token in tokens if token != EOS)
+
+
+def shown(response):
+    """A response as the person sees it. One that was truncated ends in dots."""
+    if EOS not in response:
+        return digits(response) + "..."
+    return digits(response) or "(nothing)"
 
 
 def annotate(policy, prompts, path, number):
-    """Ask a person which of two responses is better until the file has this many preference pairs.
+    """Ask a person which of two responses is better, until the file has this many pairs.
 
     Each pair is on disk before the next question, so stopping at any time loses nothing.
     """
@@ -613,19 +618,16 @@ def annotate(policy, prompts, path, number):
             first, second = generate(policy, prompts[row].repeat(2, 1), 1.0).tolist()
             if first == second:
                 continue
-            prompt = "".join(str(token) for token in prompts[row][0].tolist())
-            print(f"\n[{count + 1}] {prompt}    A: {digits(first)}    B: {digits(second)}")
+            prompt = digits(prompts[row][0].tolist())
+            print(f"\n[{count + 1}] {prompt}    A: {shown(first)}    B: {shown(second)}")
             answer = ""
             while answer not in ("a", "b", "t", "q"):
                 answer = input("Which is better? a, b, t for a tie, q to quit: ").strip().lower()
             if answer == "q":
                 break
-            chosen, rejected = (second, first) if answer == "b" else (first, second)
-            pair = {
-                "prompt": prompt,
-                "chosen": "".join(str(token) for token in chosen if token != EOS),
-                "rejected": "".join(str(token) for token in rejected if token != EOS),
-            }
+            pair = {"prompt": prompt, "chosen": digits(first), "rejected": digits(second)}
+            if answer == "b":
+                pair = {"prompt": prompt, "chosen": digits(second), "rejected": digits(first)}
             if answer == "t":
                 pair["tie"] = True
             file.write(json.dumps(pair) + "\n")
@@ -691,8 +693,8 @@ def main(args):
     num_steps = args.epochs * math.ceil(num_examples / args.minibatch_size)
     warmup = max(1, num_steps // 10)
     for member, gpt in enumerate(reward_model.members):
-        # Start from the reference's weights with a new head. The members of an ensemble differ in
-        # the head, in the order of the examples and in their bootstrap sample of the examples.
+        # Start from the reference's weights with a new head. Ensemble members differ in the
+        # head's initialisation, the data order and the bootstrap sample.
         weights = reference.state_dict()
         weights["head.weight"] = gpt.head.weight
         weights["head.bias"] = gpt.head.bias

@@ -895,10 +895,10 @@ def test_a_saved_policy_is_judged_and_its_reference_is_the_reference(kind, monke
 
 def test_without_a_saved_policy_the_reference_is_judged(monkeypatch):
     calls = programs.record(monkeypatch, reward_model, "sample_demonstrations", "evaluate_scores")
-    run(learn_from="demonstrations", num_samples=3)
+    run(learn_from="demonstrations", num_samples=5)
     (sampled,) = calls["sample_demonstrations"]
     assert sampled["policy"] is sampled["reference"]
-    assert sampled["num_samples"] == 3
+    assert sampled["num_samples"] == 5
     assert calls["evaluate_scores"][0]["policy"] is sampled["reference"]
     assert not any(p.requires_grad for p in sampled["reference"].parameters())
 
@@ -1105,8 +1105,8 @@ BAD = [
     ("annotate", {"annotate": 0, **MINE}),
     # Flags that would not be read.
     ("uncertainty_coef", {"uncertainty_coef": 1.0}),
-    ("num_samples", {"num_samples": 3}),
-    ("num_samples", {"num_samples": 3, "learn_from": "labels"}),
+    ("num_samples", {"num_samples": 5}),
+    ("num_samples", {"num_samples": 5, "learn_from": "labels"}),
     ("sft_steps", {"policy": Path("policy.pt"), "sft_steps": 20}),
     ("num_examples", {"preferences": Path("pairs.jsonl"), "num_examples": 64}),
     ("learn_from", {**FROM_FILE, "learn_from": "labels"}),
