@@ -43,7 +43,7 @@ class Args:
     seed: int = 1  # random seed (the train/held-out split of the prompts is fixed)
     device: Literal["cpu", "cuda"] = "cpu"  # for this tiny model the CPU is faster
     tensorboard: bool = True  # log curves to runs/ (view with: tensorboard --logdir runs)
-    save_path: Path | None = None  # file for the final policy, its reference and the flags
+    save_path: Path | None = None  # file for the final weights and the flags
 
     # Training
     sft_steps: int = 100  # supervised steps before RL; 0 starts from random weights

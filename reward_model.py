@@ -53,7 +53,7 @@ class Args:
     seed: int = 1  # random seed (the train/held-out split of the prompts is fixed)
     device: Literal["cpu", "cuda"] = "cpu"  # for this tiny model the CPU is faster
     tensorboard: bool = True  # log curves to runs/ (view with: tensorboard --logdir runs)
-    save_path: Path | None = None  # file for the reward model, the reference and the flags
+    save_path: Path | None = None  # file for the final weights and the flags
 
     # Feedback
     sft_steps: int = 100  # supervised steps before RL; 0 starts from random weights
@@ -721,8 +721,9 @@ def main(args):
                 # 2. Update: a gradient step on the loss for the kind of feedback.
                 if args.learn_from == "preferences":
                     prompts, chosen, rejected, ties = [column[rows] for column in examples]
-                    chosen_scores = response_scores(gpt, prompts, chosen)
-                    rejected_scores = response_scores(gpt, prompts, rejected)
+                    responses = torch.cat([chosen, rejected])
+                    scores = response_scores(gpt, torch.cat([prompts, prompts]), responses)
+                    chosen_scores, rejected_scores = scores.chunk(2)
                     loss, accuracy = preference_loss(chosen_scores, rejected_scores, ties)
                 elif args.learn_from == "labels":
                     prompts, responses, labels = [column[rows] for column in examples]
@@ -740,7 +741,11 @@ def main(args):
                 grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()
 
-                metrics = {"loss": loss.detach(), "accuracy": accuracy, "grad_norm": grad_norm}
+                metrics = {
+                    "loss": loss.detach(),
+                    "accuracy": accuracy.detach(),
+                    "grad_norm": grad_norm,
+                }
                 steps.append(metrics)
                 examples_seen += len(rows)
 
