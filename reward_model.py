@@ -59,14 +59,14 @@ class Args:
     sft_steps: int = 100  # supervised steps before RL; 0 starts from random weights
     policy: Path | None = None  # judge responses of this saved policy, instead of the reference's
     learn_from: Literal["preferences", "labels", "demonstrations"] = "preferences"  # see above
-    num_examples: int = 16_384  # preference pairs, labelled responses or demonstrations
+    num_examples: int = 32_768  # preference pairs, labelled responses or demonstrations
     num_samples: int = 3  # policy samples that each demonstration is compared with
     annotator_temperature: float = 0.5  # τ: prefers A to B with odds exp((R(A) - R(B)) / τ)
     preferences: Path | None = None  # JSON lines of preference pairs; without it, an annotator's
     annotate: int | None = None  # judge pairs yourself until --preferences has this many, then stop
 
     # Training
-    epochs: int = 3  # passes over the examples
+    epochs: int = 2  # passes over the examples
     minibatch_size: int = 64  # examples per gradient step
     learning_rate: float = 1e-3  # peak learning rate; linear warmup over 10%, then linear decay
     max_grad_norm: float = 1.0  # maximum norm for gradient clipping

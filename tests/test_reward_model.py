@@ -1052,7 +1052,7 @@ def test_same_seed_same_result_and_every_flag_changes_it():
         {"learn_from": "demonstrations"},
         {"learn_from": "demonstrations", "num_samples": 2},
         {"num_examples": 32},
-        {"epochs": 2},
+        {"epochs": 3},
         {"minibatch_size": 8},
         {"ensemble_size": 2},
         {"ensemble_size": 2, "uncertainty_coef": 1.0},
