@@ -106,11 +106,11 @@ POLICY_COLUMNS = {
 
 
 def output_table():
-    """What `python ppo.py` prints."""
-    results = load("runs")
-    if "ppo.py" not in results:
+    """What `python ppo.py` prints, on an idle machine: `python ppo.py > results/output.txt`."""
+    path = RESULTS / "output.txt"
+    if not path.exists():
         return None
-    lines = results["ppo.py"]["output"]
+    lines = path.read_text().splitlines()
     return "\n".join(["```", *lines[:4], "...", *lines[-3:], "```"])
 
 
@@ -120,7 +120,7 @@ def scripts_table():
     results = {script: results[script] for script in ABOUT if script in results}
     if not results:
         return None
-    lines = header(["script", "what it does", "held out", "seconds"])
+    lines = header(["script", "what it does", "held out", "CPU seconds"])
     for script, result in results.items():
         outcome = ""
         if script in POLICY_SCRIPTS:
@@ -137,7 +137,7 @@ def scripts_table():
             before = mean(column(result, "held_out_reward_before"))
             after = mean(column(result, "held_out_reward"))
             outcome = f"reward {before:.1f} → {after:.1f}"
-        seconds = f"{mean(column(result, 'seconds')):.0f}"
+        seconds = f"{mean(column(result, 'cpu_seconds')):.0f}"
         lines.append(row([f"`{script}`", ABOUT[script], outcome, seconds]))
     return "\n".join([*lines, "", footnote(results)])
 
@@ -176,18 +176,15 @@ def sampled_table():
 
 
 def seconds_table():
-    """Seconds and processor seconds of the default commands."""
+    """CPU seconds of the default commands, imports included."""
     results = load("runs")
     results = {command: results[command] for command in results if " " not in command}
     if not results:
         return None
-    lines = header(["command", "seconds", "processor seconds"])
+    lines = header(["command", "CPU seconds"])
     for command, result in results.items():
-        seconds = spread(column(result, "seconds"), 0)
-        lines.append(row([f"`{command}`", seconds, spread(column(result, "cpu_seconds"), 0)]))
-    threads = sorted({str(result["machine"]["threads"]) for result in results.values()})
-    note = f"With {' or '.join(threads)} threads."
-    return "\n".join([*lines, "", f"{note} {footnote(results)}"])
+        lines.append(row([f"`{command}`", spread(column(result, "cpu_seconds"), 0)]))
+    return "\n".join([*lines, "", footnote(results)])
 
 
 def reward_model_table():
@@ -223,16 +220,24 @@ def kl_coef_table():
 
 
 def stability_table():
-    results = load("stability")
-    if not results:
-        return None
-    lines = header(["script", "largest fall, all seeds", "mean", "success, lowest", "mean"])
-    for command, result in results.items():
-        falls = column(result, "largest_fall")
-        success = column(result, "success")
-        cells = [f"`{command}`", f"{max(falls):.3f}", spread(falls)]
+    """Falls of the score: the seeds of run.py, and those of stability.py."""
+    results = load("runs")
+    more_results = load("stability")
+    lines = header(["script", "seeds", "largest fall", "mean", "lowest success", "mean"])
+    used = {}
+    for script in ["reinforce.py", "ppo.py", "grpo.py"]:
+        if script not in results:
+            return None
+        used[script] = results[script]
+        runs = list(results[script]["runs"])
+        if script in more_results:
+            runs += more_results[script]["runs"]
+            used[f"{script}, more seeds"] = more_results[script]
+        falls = [run["largest_fall"] for run in runs]
+        success = [run["success"] for run in runs]
+        cells = [f"`{script}`", str(len(runs)), f"{max(falls):.3f}", spread(falls)]
         lines.append(row([*cells, f"{min(success):.3f}", spread(success)]))
-    return "\n".join([*lines, "", footnote(results)])
+    return "\n".join([*lines, "", footnote(used)])
 
 
 def hacking_table():
