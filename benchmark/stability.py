@@ -9,5 +9,6 @@ over the progress lines, each of which averages about a twentieth of the run.
 from run import run_commands
 
 if __name__ == "__main__":
-    commands = dict.fromkeys(["reinforce.py", "ppo.py", "grpo.py"], [6, 7, 8, 9, 10])
+    seeds = [6, 7, 8, 9, 10]
+    commands = {"reinforce.py": seeds, "ppo.py": seeds, "grpo.py": seeds}
     run_commands("stability", __doc__.splitlines()[0], commands)
