@@ -1,5 +1,6 @@
 """The README's worked example: its edits, made to a copy of ppo.py, give a program that learns."""
 
+import os
 import re
 import subprocess
 import sys
@@ -60,7 +61,13 @@ def test_the_edits_of_the_readme_turn_ppo_to_another_task(tmp_path):
     (tmp_path / "alphabet.py").write_text(source)
     (command,) = re.findall(r"```\n(python alphabet.py.*?)```", text, re.DOTALL)
     words = command.replace("\\\n", "").split()[1:]
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, *words],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # the tensors are tiny: a second one only costs
+    )
     assert done.returncode == 0, done.stderr
     ending = done.stdout.splitlines()[-1]
     before, after, *_ = map(float, re.fullmatch(programs.ENDING, ending).groups())
