@@ -554,8 +554,8 @@ def main(args):
     if args.tensorboard:
         folders = [f"runs/{run_name}/{job.method}-{job.seed}" for job in jobs]
         writer = SummaryWriter(f"runs/{run_name}")
-        rows = [f"|{flag}|{value}|" for flag, value in asdict(args).items()]
-        writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *rows]))
+        lines = [f"|{flag}|{value}|" for flag, value in asdict(args).items()]
+        writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *lines]))
         writer.close()
 
     # Several runs share the cores. But a new process starts by running the main program again, so

@@ -268,7 +268,8 @@ def sft(policy, prompts, responses, steps):
 def evaluate(policy, reference, prompts, targets, temperature):
     """Success rate and KL(policy ‖ reference), in nats per response, of sampled responses.
 
-    Samples 16 responses per prompt. Returns both means and their standard errors.
+    Samples 16 responses per prompt. Returns both means and their standard errors, in which the
+    prompts count as sampled too.
     """
     success = []
     kl = []
@@ -483,8 +484,8 @@ def main(args):
     writer = None
     if args.tensorboard:
         writer = SummaryWriter(f"runs/{run_name}")
-        rows = [f"|{flag}|{value}|" for flag, value in asdict(args).items()]
-        writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *rows]))
+        lines = [f"|{flag}|{value}|" for flag, value in asdict(args).items()]
+        writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *lines]))
 
     loop_start_time = time.time()
     pairs_seen = 0

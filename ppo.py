@@ -67,7 +67,7 @@ class Args:
     ent_coef: float = 0.0  # entropy bonus
     normalize_advantages: bool = False  # whiten advantages over each rollout
     advantage_clip: float | None = None  # clip advantages to ± this, after any whitening
-    target_kl: float | None = None  # stop updating on a rollout once KL(π_old ‖ π) exceeds this
+    target_kl: float | None = None  # end a rollout's epochs once KL(π_old ‖ π) exceeds this
 
 
 def is_writable(folder):
@@ -207,7 +207,8 @@ class RewardModel(nn.Module):
     """Prompts (B, P) and responses (B, R) to scores (B,), learned by reward_model.py.
 
     The score is the mean of an ensemble of K members, minus uncertainty_coef times their standard
-    deviation (over K): a lower confidence bound.
+    deviation (over K): a lower confidence bound. With it, scores are a little random, since they
+    depend on a few responses sampled from the reference.
     """
 
     def __init__(self, ensemble_size, uncertainty_coef):
@@ -335,7 +336,8 @@ def sft(policy, prompts, responses, steps):
 def evaluate(policy, reference, prompts, targets, temperature):
     """Success rate and KL(policy ‖ reference), in nats per response, of sampled responses.
 
-    Samples 16 responses per prompt. Returns both means and their standard errors.
+    Samples 16 responses per prompt. Returns both means and their standard errors, in which the
+    prompts count as sampled too.
     """
     success = []
     kl = []
@@ -449,8 +451,8 @@ def main(args):
     writer = None
     if args.tensorboard:
         writer = SummaryWriter(f"runs/{run_name}")
-        rows = [f"|{flag}|{value}|" for flag, value in asdict(args).items()]
-        writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *rows]))
+        lines = [f"|{flag}|{value}|" for flag, value in asdict(args).items()]
+        writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *lines]))
 
     loop_start_time = time.time()
     minibatch_size = args.batch_size // args.num_minibatches
@@ -547,8 +549,10 @@ def main(args):
             for name in metrics:
                 mean = torch.stack([step[name] for step in steps]).mean()
                 writer.add_scalar(f"losses/{name}", mean, episodes)
-            unexplained = (returns - old_values)[mask].var() / returns[mask].var().clamp(min=1e-8)
-            writer.add_scalar("losses/explained_variance", 1 - unexplained, episodes)
+            error_variance = (returns - old_values)[mask].var(correction=0)
+            variance = returns[mask].var(correction=0).clamp(min=1e-8)
+            explained = 1 - error_variance / variance
+            writer.add_scalar("losses/explained_variance", explained, episodes)
         recent_scores.append(score)
         if rollout % max(1, num_rollouts // 20) == 0:
             print(

@@ -281,7 +281,8 @@ def sft(policy, prompts, responses, steps):
 def evaluate(policy, reference, prompts, targets, temperature):
     """Success rate and KL(policy ‖ reference), in nats per response, of sampled responses.
 
-    Samples 16 responses per prompt. Returns both means and their standard errors.
+    Samples 16 responses per prompt. Returns both means and their standard errors, in which the
+    prompts count as sampled too.
     """
     success = []
     kl = []
@@ -386,8 +387,8 @@ def main(args):
     writer = None
     if args.tensorboard:
         writer = SummaryWriter(f"runs/{run_name}")
-        rows = [f"|{flag}|{value}|" for flag, value in asdict(args).items()]
-        writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *rows]))
+        lines = [f"|{flag}|{value}|" for flag, value in asdict(args).items()]
+        writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *lines]))
 
     loop_start_time = time.time()
     num_prompts = args.batch_size // args.group_size
@@ -480,8 +481,10 @@ def main(args):
             writer.add_scalar("charts/episodes_per_second", episodes / seconds, episodes)
             for name in metrics:
                 writer.add_scalar(f"losses/{name}", metrics[name], episodes)
-            unexplained = advantages[mask].var() / returns[mask].var().clamp(min=1e-8)
-            writer.add_scalar("losses/explained_variance", 1 - unexplained, episodes)
+            error_variance = advantages[mask].var(correction=0)
+            variance = returns[mask].var(correction=0).clamp(min=1e-8)
+            explained = 1 - error_variance / variance
+            writer.add_scalar("losses/explained_variance", explained, episodes)
         recent_scores.append(score)
         if rollout % max(1, num_rollouts // 20) == 0:
             print(

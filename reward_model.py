@@ -221,7 +221,8 @@ class RewardModel(nn.Module):
     """Prompts (B, P) and responses (B, R) to scores (B,), learned by reward_model.py.
 
     The score is the mean of an ensemble of K members, minus uncertainty_coef times their standard
-    deviation (over K): a lower confidence bound.
+    deviation (over K): a lower confidence bound. With it, scores are a little random, since they
+    depend on a few responses sampled from the reference.
     """
 
     def __init__(self, ensemble_size, uncertainty_coef):
@@ -685,8 +686,8 @@ def main(args):
     writer = None
     if args.tensorboard:
         writer = SummaryWriter(f"runs/{run_name}")
-        rows = [f"|{flag}|{value}|" for flag, value in asdict(args).items()]
-        writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *rows]))
+        lines = [f"|{flag}|{value}|" for flag, value in asdict(args).items()]
+        writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *lines]))
 
     loop_start_time = time.time()
     examples_seen = 0
