@@ -131,13 +131,15 @@ def scripts_table():
             best = mean(column(result, "bayes_accuracy"))
             outcome = f"pair accuracy {accuracy} (Bayes {best:.3f})"
         if script == "digits_sum20.py":
-            accuracy = 100 * mean(column(result, "sl-then-rl/eval/accuracy"))
-            outcome = f"SL then RL: {accuracy:.1f} % correct"
+            accuracy = 100 * mean(column(result, "rl-improved/eval/accuracy"))
+            outcome = f"rl-improved: {accuracy:.1f} % correct"
         if script == "gpt2_sentiment.py":
             before = mean(column(result, "held_out_reward_before"))
             after = mean(column(result, "held_out_reward"))
             outcome = f"reward {before:.1f} → {after:.1f}"
-        seconds = f"{mean(column(result, 'cpu_seconds')):.0f}"
+        seconds = ""
+        if "cpu_seconds" in result["runs"][0]:
+            seconds = f"{mean(column(result, 'cpu_seconds')):.0f}"
         lines.append(row([f"`{script}`", ABOUT[script], outcome, seconds]))
     return "\n".join([*lines, "", footnote(results)])
 
@@ -178,7 +180,8 @@ def sampled_table():
 def seconds_table():
     """CPU seconds of the default commands, imports included."""
     results = load("runs")
-    results = {command: results[command] for command in results if " " not in command}
+    scripts = [*POLICY_SCRIPTS, "reward_model.py"]
+    results = {script: results[script] for script in scripts if script in results}
     if not results:
         return None
     lines = header(["command", "CPU seconds"])
