@@ -17,7 +17,7 @@ The task: given three digits, write two more and EOS so that all five sum to 20.
 first trained on correct answers (SFT). A frozen copy of it is the reference; GRPO trains the
 original. To use your own task or model, replace the sections "Task" and "Model".
 
-    python grpo.py                        # held-out success 0.59 -> 0.98 in 27 s on two cores
+    python grpo.py                        # held-out success 0.59 -> 0.98 in half a minute
     python grpo.py --loss-type dr-grpo    # or dapo, gspo, cispo; --help lists every flag
 """
 

@@ -12,7 +12,7 @@ The task: given three digits, write two more and EOS so that all five sum to 20.
 first trained on correct answers (SFT). A frozen copy of it is the reference; REINFORCE trains the
 original. To use your own task or model, replace the sections "Task" and "Model".
 
-    python reinforce.py                    # held-out success 0.59 -> 0.98 in 25 s on two cores
+    python reinforce.py                    # held-out success 0.59 -> 0.98 in half a minute
     python reinforce.py --baseline none    # the same expected gradient with more noise
     python reinforce.py --reward process   # a reward per token; --help lists every flag
 """
