@@ -20,7 +20,7 @@ The task: given three digits, write two more and EOS so that all five sum to 20.
 first trained on correct answers (SFT). It is the reference; its responses are judged by a simulated
 annotator, or by you. To use your own task or model, replace the sections "Task" and "Model".
 
-    python reward_model.py --save-path rm.pt && python ppo.py --reward-model rm.pt
+    python reward_model.py --save-path rm.pt && python ppo.py --reward-model rm.pt    # 0.58 -> 0.99
     python reward_model.py --annotate 50 --preferences mine.jsonl    # judge pairs yourself, then
     python reward_model.py --preferences mine.jsonl                  # learn; --help lists all flags
 """

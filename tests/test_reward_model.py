@@ -793,6 +793,7 @@ def test_the_rate_rises_to_its_peak_and_falls_and_stays_above_0(monkeypatch):
     assert max(rates) == 3e-4
     assert min(rates) > 0
     assert [settings["weight_decay"] for settings in made] == [0.3, 0.3]
+    assert [settings["betas"] for settings in made] == [(0.9, 0.99), (0.9, 0.99)]
 
 
 def test_gradients_are_clipped_to_the_flag(monkeypatch):
@@ -891,6 +892,28 @@ def test_a_saved_policy_is_judged_and_its_reference_is_the_reference(kind, monke
     assert torch.equal(samples[0]["prompts"], normalised["prompts"])
     saved = torch.load("rm.pt", weights_only=True)["reference"]
     assert torch.equal(saved["head.weight"], make_gpt(5).head.weight)
+
+
+def test_evaluation_is_on_held_out_prompts_with_the_penalised_score(monkeypatch):
+    calls = programs.record(monkeypatch, reward_model, "evaluate_scores")["evaluate_scores"]
+    result = run(ensemble_size=2, uncertainty_coef=0.7, annotator_temperature=0.3)
+    (call,) = calls
+    _, _, test_prompts, test_targets = reward_model.make_prompts("cpu")
+    assert torch.equal(call["prompts"], test_prompts)
+    assert torch.equal(call["targets"], test_targets)
+    assert call["annotator_temperature"] == 0.3
+    assert call["reward_model"].uncertainty_coef == 0.7
+    own_reference = call["reward_model"].reference.state_dict()  # its samples centre the scores
+    for name, weight in call["policy"].state_dict().items():
+        assert torch.equal(own_reference[name], weight)
+    assert not any(p.requires_grad for p in call["reward_model"].parameters())
+    assert result.keys() == {
+        "accuracy",
+        "accuracy_error",
+        "bayes_accuracy",
+        "correlation",
+        "deviation",
+    }
 
 
 def test_without_a_saved_policy_the_reference_is_judged(monkeypatch):
