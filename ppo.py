@@ -214,7 +214,7 @@ class RewardModel(nn.Module):
     def __init__(self, ensemble_size, uncertainty_coef):
         super().__init__()
         self.members = nn.ModuleList([GPT(outputs=1) for _ in range(ensemble_size)])
-        self.reference = GPT()  # the policy whose responses the members learned from
+        self.reference = GPT()  # its responses show the constant of each member per prompt
         self.uncertainty_coef = uncertainty_coef
 
     def member_scores(self, prompts, responses):
