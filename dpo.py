@@ -14,7 +14,7 @@ The task: given three digits, write two more and EOS so that all five sum to 20.
 first trained on correct answers (SFT). A frozen copy of it is the reference; DPO trains the
 original. To use your own task or model, replace the sections "Task" and "Model".
 
-    python dpo.py                             # held-out success 0.59 -> 0.97 in 40 s
+    python dpo.py                             # held-out success 0.59 -> 0.97 in under a minute
     python dpo.py --rounds 3                  # the same number of pairs, sampled in three rounds
     python dpo.py --preferences pairs.jsonl   # learn from a file; --help lists every flag
 """

@@ -12,7 +12,7 @@ The task: given three digits, write two more and EOS so that all five sum to 20.
 first trained on correct answers (SFT). A frozen copy of it is the reference; PPO trains the
 original. To use your own task or model, replace the sections "Task" and "Model".
 
-    python ppo.py                  # held-out success 0.58 -> 0.99 in half a minute
+    python ppo.py                  # held-out success 0.59 -> 0.99 in half a minute
     python ppo.py --kl-coef 0.2    # stay closer to the reference; --help lists every flag
 """
 
