@@ -36,6 +36,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # imported later, it would keep the gloo threads alive at exit
 import torch.nn.functional as F
 import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
