@@ -186,7 +186,7 @@ class Job:
     batch_size: int  # completions or pairs per gradient step
     num_rollouts: int = 0  # of BATCH_SIZE completions, for grpo and rloo
     pairs: tuple | None = None  # prompts, chosen, rejected as lists of tokens, for dpo and reward
-    epochs: int = 1  # passes over the pairs
+    epochs: int = 1  # passes over each rollout, or over the pairs
 
     @property
     def script(self):
@@ -199,25 +199,29 @@ class Job:
             return self.num_rollouts * BATCH_SIZE
         return self.epochs * len(self.pairs[0])
 
+    @property
+    def steps_per_rollout(self):
+        return self.epochs * BATCH_SIZE // self.batch_size
 
-def make_job(method, seed, start, steps=None, num_minibatches=4):
+
+def make_job(method, seed, start, steps=None, one_step=False, minibatch_size=None):
     """A script's defaults, in rollouts of 64 prompts × 8. With steps, for speed: that many of them.
 
-    num_minibatches: gradient steps per rollout of grpo. For speed, pairs come in batches of at
-    least 256, at which TRL is faster.
+    one_step: grpo takes one gradient step per rollout, as rloo does.
+    minibatch_size: pairs per gradient step, if not the script's own.
     """
     args = importlib.import_module(SCRIPTS[method]).Args
     job = Job(method, seed, BATCH_SIZE)
     if method in ("grpo", "rloo"):
         job.num_rollouts = steps or args.total_episodes // BATCH_SIZE
-        if method == "grpo":
-            job.batch_size = BATCH_SIZE // num_minibatches
+        if method == "grpo" and not one_step:
+            job.batch_size = BATCH_SIZE // args.num_minibatches
+            job.epochs = args.update_epochs
         return job
-    job.batch_size = args.minibatch_size
+    job.batch_size = minibatch_size or args.minibatch_size
     job.epochs = args.epochs
     number = args.num_pairs if method == "dpo" else args.num_examples
     if steps is not None:
-        job.batch_size = max(job.batch_size, 256)
         job.epochs = 1
         number = steps * job.batch_size
     if start is not None:
@@ -275,7 +279,7 @@ class Clock:
 
     def units_per_second(self, job):
         """Completions or pairs per second; the first rollout or step only warms up."""
-        first = 1 if job.pairs is not None else BATCH_SIZE // job.batch_size
+        first = 1 if job.pairs is not None else job.steps_per_rollout
         done = job.amount * (1 - first / len(self.times))
         return done / (self.times[-1] - self.times[first - 1])
 
@@ -303,6 +307,7 @@ def run_ours(job, start, models, folder):
         flags["group_size"] = GROUP_SIZE
         if job.method == "grpo":
             flags["num_minibatches"] = BATCH_SIZE // job.batch_size
+            flags["update_epochs"] = job.epochs
     elif job.pairs is not None:
         write_pairs(job.pairs, Path(folder) / "pairs.jsonl")
         flags["preferences"] = Path(folder) / "pairs.jsonl"
@@ -335,7 +340,10 @@ def trl_trainer(job, start, folder):
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore")  # deprecated names
     args = job.script.Args
-    steps = math.ceil(job.amount / job.epochs / job.batch_size) * job.epochs
+    if job.pairs is None:
+        steps = job.num_rollouts * job.steps_per_rollout
+    else:
+        steps = math.ceil(len(job.pairs[0]) / job.batch_size) * job.epochs
     config = {
         "output_dir": folder,
         "seed": job.seed,
@@ -371,6 +379,7 @@ def trl_trainer(job, start, folder):
         make_trainer = trl.RLOOTrainer
         if job.method == "grpo":
             config["loss_type"] = "grpo"
+            config["num_iterations"] = job.epochs
             config["scale_rewards"] = "none"
             make_config = trl.GRPOConfig
             make_trainer = trl.GRPOTrainer
@@ -462,10 +471,10 @@ def say(line):
     print(line, file=sys.stderr, flush=True)
 
 
-def measure_speed(method, turns, steps, num_minibatches=4):
+def measure_speed(method, turns, steps, one_step=False, minibatch_size=None):
     """Completions or pairs per second of each side, in turn."""
     start = make_reference(1)
-    job = make_job(method, 1, start, steps, num_minibatches)
+    job = make_job(method, 1, start, steps, one_step, minibatch_size)
     speeds = {side: [] for side in SIDES}
     for turn in range(turns + 1):
         order = SIDES if turn % 2 == 0 else SIDES[::-1]
@@ -498,7 +507,7 @@ def race(side, method, seed, goal):
     if side == "TRL":  # our script makes its reference, and its pairs, by itself
         start = make_reference(seed)
     job = make_job(method, seed, start)
-    looks = {"grpo": 16, "rloo": 4, "dpo": 10}  # every 2,048 completions or 2,560 pairs
+    looks = {"grpo": 32, "rloo": 4, "dpo": 10}  # every 2,048 completions or 5,120 pairs
     _, _, prompts, targets = grpo.make_prompts("cpu")
     best = 0.0
 
@@ -622,8 +631,11 @@ def main():
         if "speed" in args.parts:
             found["speed"][method] = measure_speed(method, args.turns, args.steps)
             if method == "grpo":  # TRL is fastest so: it then needs no old log-probabilities
-                once = measure_speed(method, args.turns, args.steps, num_minibatches=1)
+                once = measure_speed(method, args.turns, args.steps, one_step=True)
                 found["speed"]["grpo, 1 step per rollout"] = once
+            if method == "reward":  # TRL is faster in larger minibatches
+                large = measure_speed(method, args.turns, args.steps, minibatch_size=256)
+                found["speed"]["reward, minibatches of 256"] = large
         if "learning" in args.parts:
             found["learning"][method] = measure_learning(method, args.seeds, steps)
         if "race" in args.parts and method != "reward":
