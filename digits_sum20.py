@@ -195,6 +195,12 @@ def row_args(args, method, seed):
     return replace(args, method=method, seed=seed, **values)
 
 
+def fail(message):
+    """End the program with one line and status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def check_args(args):
     """Exit with status 2 and one line if a flag's value makes no sense."""
     runs = "runs" if os.path.lexists("runs") else "."
@@ -237,8 +243,7 @@ def check_args(args):
         rules.append((valid, f"--sft-fraction {row.sft_fraction} must leave epochs for RL"))
     for valid, error in rules:
         if not valid:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            fail(error)
 
 
 # ---------------------------------------------------------------------------- Task
@@ -481,7 +486,7 @@ def train(args, folder, verbose):
 
         # 3. Update: one gradient step.
         if not loss.isfinite():
-            sys.exit(f"error: loss of {args.method} not finite in epoch {epoch}")
+            fail(f"loss of {args.method} not finite in epoch {epoch}")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -509,6 +514,19 @@ def train(args, folder, verbose):
     return {**metrics, "seconds": seconds}, answers.tolist()
 
 
+def make_run_folder(run_name):
+    """Make runs/<run name>, with a number behind it if a run of the same second has the name."""
+    folder = Path("runs", run_name)
+    number = 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return str(folder)
+        except FileExistsError:
+            number += 1
+            folder = Path("runs", f"{run_name}-{number}")
+
+
 def end_with_main_process():
     multiprocessing.parent_process().join()
     os._exit(1)
@@ -528,7 +546,7 @@ def train_in_parallel(jobs, folders):
         try:
             yield from pool.map(train, jobs, folders, [False] * len(jobs))
         except BrokenProcessPool:
-            sys.exit("error: a worker process was killed, perhaps for lack of memory")
+            fail("a worker process was killed, perhaps for lack of memory")
         finally:
             # After an error or Ctrl-C, don't wait for the runs that are still going.
             for worker in multiprocessing.active_children():
@@ -548,12 +566,13 @@ def main(args):
         for seed in range(args.seed, args.seed + args.num_seeds):
             jobs.append(row_args(args, method, seed))
 
-    run_name = f"{Path(__file__).stem}__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}"
+    run_name = f"digits_sum20__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}"
     print(f"{run_name}: {len(jobs)} runs of {args.epochs:,} epochs, {args.hidden_dim} hidden units")
     folders = [None] * len(jobs)
     if args.tensorboard:
-        folders = [f"runs/{run_name}/{job.method}-{job.seed}" for job in jobs]
-        writer = SummaryWriter(f"runs/{run_name}")
+        run_folder = make_run_folder(run_name)
+        folders = [f"{run_folder}/{job.method}-{job.seed}" for job in jobs]
+        writer = SummaryWriter(run_folder)
         lines = [f"|{flag}|{value}|" for flag, value in asdict(args).items()]
         writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *lines]))
         writer.close()
@@ -591,5 +610,6 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # where the output can't show a character, print ?
+    # Print each line at once; where the output cannot show a character, print a question mark.
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
     main(tyro.cli(Args, description=__doc__))

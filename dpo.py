@@ -74,17 +74,26 @@ def is_writable(folder):
     return folder.is_dir() and os.access(folder, os.W_OK)
 
 
+def fail(message):
+    """End the program with one line and status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def check_args(args):
     """Exit with status 2 and one line if a flag's value makes no sense."""
     runs = Path("runs") if os.path.lexists("runs") else Path(".")
-    save_path = args.save_path or Path("policy.pt")
+    save_path = Path(args.save_path or "policy.pt")
     folder = save_path.parent
     smoothing = args.label_smoothing
     rules = [
         (args.device == "cpu" or torch.cuda.is_available(), "--device cuda: no GPU is available"),
         (not args.tensorboard or is_writable(runs), "runs/ is not writable; use --no-tensorboard"),
         (is_writable(folder), f"--save-path {save_path}: no folder there that can be written to"),
-        (not save_path.is_dir(), f"--save-path {save_path} is a folder; name a file"),
+        (
+            save_path.is_file() or not os.path.lexists(save_path),
+            f"--save-path {save_path} exists and is not a file; name another",
+        ),
         (0 <= args.seed < 2**63, f"--seed {args.seed} must be 0 or more"),
         (args.sft_steps >= 0, f"--sft-steps {args.sft_steps} must be 0 or more"),
         (args.epochs >= 1, f"--epochs {args.epochs} must be at least 1"),
@@ -115,10 +124,12 @@ def check_args(args):
         error_rate = 0.5 - 0.5 * math.tanh(0.5 / args.annotator_temperature)
         valid = smoothing < error_rate
         rules.append((valid, f"--loss-type robust: --label-smoothing must be < {error_rate:.3f}"))
+    if args.preferences is not None and args.save_path is not None:
+        same = save_path.resolve() == Path(args.preferences).resolve()
+        rules.append((not same, "--save-path would overwrite --preferences; name another file"))
     for valid, error in rules:
         if not valid:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            fail(error)
 
 
 # ---------------------------------------------------------------------------- Task
@@ -222,6 +233,20 @@ def generate(policy, prompts, temperature):
     return tokens[:, prompts.shape[1] :]
 
 
+def get_scores(targets, responses):
+    """What reward returns, as float32 scores (B,). They must be one finite number per response."""
+    rewards = reward(targets, responses)
+    try:
+        scores = torch.as_tensor(rewards, dtype=torch.float32, device=responses.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        fail(f"reward returned a {type(rewards).__name__}, not a number per response ({error})")
+    if scores.shape != (len(responses),):
+        fail(f"reward returned shape {tuple(scores.shape)} for {len(responses)} responses")
+    if not scores.isfinite().all():
+        fail(f"reward returned {scores[~scores.isfinite()][0]:.0f}; every reward must be finite")
+    return scores
+
+
 def response_mask(responses):
     """True up to and including the first EOS: stopping is learned, padding is ignored. (B, R)"""
     is_eos = (responses == EOS).long()
@@ -278,7 +303,7 @@ def evaluate(policy, reference, prompts, targets, temperature):
         logits = policy.head(response_states(policy, prompts[rows], responses))
         ref_logits = reference.head(response_states(reference, prompts[rows], responses))
         kl_per_token = token_kl(logits / temperature, ref_logits / temperature)
-        success.append(reward(targets[rows], responses))
+        success.append(get_scores(targets[rows], responses))
         kl.append(masked_sum(kl_per_token, response_mask(responses)))
     success = torch.cat(success)
     kl = torch.cat(kl)
@@ -305,7 +330,7 @@ def sample_preferences(policy, prompts, targets, annotator_temperature):
     targets = targets[different]
     first = first[different]
     second = second[different]
-    difference = reward(targets, first) - reward(targets, second)  # (N,)
+    difference = get_scores(targets, first) - get_scores(targets, second)  # (N,)
     first_wins = torch.rand_like(difference) < (difference / annotator_temperature).sigmoid()
     chosen = torch.where(first_wins[:, None], first, second)
     rejected = torch.where(first_wins[:, None], second, first)
@@ -352,18 +377,16 @@ def read_preferences(path, test_prompts):
     num_held_out = 0
     num_identical = 0
     try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+        lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        print(f"error: --preferences {path}: cannot be read ({error})", file=sys.stderr)
-        sys.exit(2)
+        fail(f"--preferences {path}: cannot be read ({error})")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             prompt, chosen, rejected, tie = parse_preference(line)
         except ValueError as error:
-            print(f"error: --preferences {path}: line {number}: {error}", file=sys.stderr)
-            sys.exit(2)
+            fail(f"--preferences {path}: line {number}: {error}")
         if tuple(prompt) in held_out:
             num_held_out += 1
         elif chosen == rejected and not tie:
@@ -372,8 +395,7 @@ def read_preferences(path, test_prompts):
             preferences.append((prompt, chosen, rejected, tie))
     counts = f"{num_held_out} with held-out prompts, {num_identical} of identical responses"
     if not preferences:
-        print(f"error: --preferences {path}: no pair to learn from ({counts})", file=sys.stderr)
-        sys.exit(2)
+        fail(f"--preferences {path}: no pair to learn from ({counts})")
     if num_held_out + num_identical > 0:
         print(f"{path}: left out pairs: {counts}")
     device = test_prompts.device
@@ -461,6 +483,34 @@ def dpo_loss(chosen_logratios, rejected_logratios, ties, beta, loss_type, label_
 
 
 # ---------------------------------------------------------------------------- Training
+def make_run_folder(run_name):
+    """Make runs/<run name>, with a number behind it if a run of the same second has the name."""
+    folder = Path("runs", run_name)
+    number = 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return str(folder)
+        except FileExistsError:
+            number += 1
+            folder = Path("runs", f"{run_name}-{number}")
+
+
+def save(path, contents):
+    """Write a file whole or not at all. If that fails, end the program with one line."""
+    path = Path(path).resolve()  # where path is a link, the file that it leads to
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        torch.save(contents, part)
+    except (OSError, RuntimeError) as error:  # a full disk, a folder that is gone
+        part.unlink(missing_ok=True)
+        fail(f"--save-path {path} cannot be written ({error})")
+    try:
+        os.replace(part, path)
+    except OSError as error:
+        fail(f"--save-path {path} cannot be written ({error}); the weights are in {part}")
+
+
 def main(args):
     check_args(args)
     torch.manual_seed(args.seed)
@@ -479,11 +529,11 @@ def main(args):
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     before = evaluate(policy, reference, test_prompts, test_targets, 1.0)
 
-    run_name = f"{Path(__file__).stem}__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}"
+    run_name = f"dpo__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}"
     print(f"{run_name}: {sum(p.numel() for p in parameters):,} parameters on {device}")
     writer = None
     if args.tensorboard:
-        writer = SummaryWriter(f"runs/{run_name}")
+        writer = SummaryWriter(make_run_folder(run_name))
         lines = [f"|{flag}|{value}|" for flag, value in asdict(args).items()]
         writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *lines]))
 
@@ -504,7 +554,7 @@ def main(args):
                 preferences = [torch.cat(column) for column in columns]
         prompts, chosen, rejected, ties = preferences  # (N, P), (N, R), (N, R), (N,)
         if len(prompts) == 0:
-            sys.exit(f"error: round {round_number}: all sampled pairs were of identical responses")
+            fail(f"round {round_number}: all sampled pairs were of identical responses")
         ref_chosen_logprobs, ref_rejected_logprobs = reference_logprobs(
             reference, prompts, chosen, rejected, args.length_normalize
         )
@@ -549,7 +599,7 @@ def main(args):
                 if step % max(1, num_steps * args.rounds // 20) != 0 and step < num_steps:
                     continue
                 if not grad_norm.isfinite():
-                    sys.exit(f"error: gradient not finite in step {step}; lower --learning-rate")
+                    fail(f"gradient not finite in step {step}; lower --learning-rate")
                 seconds = time.time() - loop_start_time
                 rounds_left = args.rounds - round_number + 1 - step / num_steps
                 seconds_left = seconds * rounds_left / (args.rounds - rounds_left)
@@ -562,6 +612,7 @@ def main(args):
                         writer.add_scalar(name, means[name], pairs_seen)
                     writer.add_scalar("charts/learning_rate", learning_rate, pairs_seen)
                     writer.add_scalar("charts/pairs_per_second", pairs_seen / seconds, pairs_seen)
+                    writer.flush()  # so that a run that is killed keeps its curves
                 print(
                     f"pair {pairs_seen:7d}  loss {means['losses/loss']:.3f}  "
                     f"accuracy {means['rewards/accuracies']:.3f}  "
@@ -576,19 +627,19 @@ def main(args):
             writer.add_scalar(f"eval/{name}", before[name], 0)
             writer.add_scalar(f"eval/{name}", after[name], pairs_seen)
         writer.close()
-    if args.save_path is not None:
-        part = args.save_path.with_name(args.save_path.name + ".part")
-        flags = {flag: str(value) for flag, value in asdict(args).items()}
-        weights = {"policy": policy.state_dict(), "reference": reference.state_dict()}
-        torch.save({"args": flags, **weights}, part)
-        os.replace(part, args.save_path)  # the file is never half-written
     print(
         f"held-out success {before['success']:.3f} -> {after['success']:.3f} "
         f"± {after['success_error']:.3f}  KL {after['kl']:.3f} ± {after['kl_error']:.3f}  "
         f"{time.time() - start_time:.1f} s"
     )
+    if args.save_path is not None:
+        flags = {flag: str(value) for flag, value in asdict(args).items()}
+        weights = {"policy": policy.state_dict(), "reference": reference.state_dict()}
+        save(args.save_path, {"args": flags, **weights})
     return {"success_before": before["success"], **after}
 
 
 if __name__ == "__main__":
+    # Print each line at once; where the output cannot show a character, print a question mark.
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
     main(tyro.cli(Args, description=__doc__))

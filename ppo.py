@@ -74,16 +74,25 @@ def is_writable(folder):
     return folder.is_dir() and os.access(folder, os.W_OK)
 
 
+def fail(message):
+    """End the program with one line and status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def check_args(args):
     """Exit with status 2 and one line if a flag's value makes no sense."""
     runs = Path("runs") if os.path.lexists("runs") else Path(".")
-    save_path = args.save_path or Path("policy.pt")
+    save_path = Path(args.save_path or "policy.pt")
     folder = save_path.parent
     rules = [
         (args.device == "cpu" or torch.cuda.is_available(), "--device cuda: no GPU is available"),
         (not args.tensorboard or is_writable(runs), "runs/ is not writable; use --no-tensorboard"),
         (is_writable(folder), f"--save-path {save_path}: no folder there that can be written to"),
-        (not save_path.is_dir(), f"--save-path {save_path} is a folder; name a file"),
+        (
+            save_path.is_file() or not os.path.lexists(save_path),
+            f"--save-path {save_path} exists and is not a file; name another",
+        ),
         (0 <= args.seed < 2**63, f"--seed {args.seed} must be 0 or more"),
         (args.sft_steps >= 0, f"--sft-steps {args.sft_steps} must be 0 or more"),
         (args.batch_size >= 1, f"--batch-size {args.batch_size} must be at least 1"),
@@ -112,10 +121,12 @@ def check_args(args):
         rules.append((valid, f"--advantage-clip {args.advantage_clip} must be positive"))
     if args.target_kl is not None:
         rules.append((0 < args.target_kl < 1e6, f"--target-kl {args.target_kl} must be positive"))
+    if args.reward_model is not None and args.save_path is not None:
+        same = save_path.resolve() == Path(args.reward_model).resolve()
+        rules.append((not same, "--save-path would overwrite --reward-model; name another file"))
     for valid, error in rules:
         if not valid:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            fail(error)
 
 
 # ---------------------------------------------------------------------------- Task
@@ -250,8 +261,7 @@ def load_reward_model(path, device):
             raise ValueError
     except Exception as error:  # a file can be wrong in any number of ways
         reason = f"not a file of reward_model.py, or damaged ({type(error).__name__})"
-        print(f"error: --reward-model {path}: {reason}", file=sys.stderr)
-        sys.exit(2)
+        fail(f"--reward-model {path}: {reason}")
     return reward_model.to(device).requires_grad_(False)
 
 
@@ -269,6 +279,20 @@ def generate(policy, prompts, temperature):
         ended = ended | (token == EOS)
         tokens = torch.cat([tokens, token], 1)
     return tokens[:, prompts.shape[1] :]
+
+
+def get_scores(targets, responses):
+    """What reward returns, as float32 scores (B,). They must be one finite number per response."""
+    rewards = reward(targets, responses)
+    try:
+        scores = torch.as_tensor(rewards, dtype=torch.float32, device=responses.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        fail(f"reward returned a {type(rewards).__name__}, not a number per response ({error})")
+    if scores.shape != (len(responses),):
+        fail(f"reward returned shape {tuple(scores.shape)} for {len(responses)} responses")
+    if not scores.isfinite().all():
+        fail(f"reward returned {scores[~scores.isfinite()][0]:.0f}; every reward must be finite")
+    return scores
 
 
 def response_mask(responses):
@@ -346,7 +370,7 @@ def evaluate(policy, reference, prompts, targets, temperature):
         logits = policy.head(response_states(policy, prompts[rows], responses))
         ref_logits = reference.head(response_states(reference, prompts[rows], responses))
         kl_per_token = token_kl(logits / temperature, ref_logits / temperature)
-        success.append(reward(targets[rows], responses))
+        success.append(get_scores(targets[rows], responses))
         kl.append(masked_sum(kl_per_token, response_mask(responses)))
     success = torch.cat(success)
     kl = torch.cat(kl)
@@ -425,6 +449,34 @@ def value_loss(values, old_values, returns, mask, value_clip):
 
 
 # ---------------------------------------------------------------------------- Training
+def make_run_folder(run_name):
+    """Make runs/<run name>, with a number behind it if a run of the same second has the name."""
+    folder = Path("runs", run_name)
+    number = 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return str(folder)
+        except FileExistsError:
+            number += 1
+            folder = Path("runs", f"{run_name}-{number}")
+
+
+def save(path, contents):
+    """Write a file whole or not at all. If that fails, end the program with one line."""
+    path = Path(path).resolve()  # where path is a link, the file that it leads to
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        torch.save(contents, part)
+    except (OSError, RuntimeError) as error:  # a full disk, a folder that is gone
+        part.unlink(missing_ok=True)
+        fail(f"--save-path {path} cannot be written ({error})")
+    try:
+        os.replace(part, path)
+    except OSError as error:
+        fail(f"--save-path {path} cannot be written ({error}); the weights are in {part}")
+
+
 def main(args):
     check_args(args)
     torch.manual_seed(args.seed)
@@ -446,11 +498,11 @@ def main(args):
         reward_model = load_reward_model(args.reward_model, device)
     before = evaluate(policy, reference, test_prompts, test_targets, args.temperature)
 
-    run_name = f"{Path(__file__).stem}__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}"
+    run_name = f"ppo__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}"
     print(f"{run_name}: {sum(p.numel() for p in parameters):,} parameters on {device}")
     writer = None
     if args.tensorboard:
-        writer = SummaryWriter(f"runs/{run_name}")
+        writer = SummaryWriter(make_run_folder(run_name))
         lines = [f"|{flag}|{value}|" for flag, value in asdict(args).items()]
         writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *lines]))
 
@@ -470,7 +522,7 @@ def main(args):
         prompts = train_prompts[rows]  # (B, P)
         responses = generate(policy, prompts, args.temperature)  # (B, R)
         mask = response_mask(responses)  # (B, R)
-        true_scores = reward(train_targets[rows], responses)  # (B,)
+        true_scores = get_scores(train_targets[rows], responses)  # (B,)
         scores = true_scores
         with torch.no_grad():
             if reward_model is not None:
@@ -531,7 +583,7 @@ def main(args):
                 break
 
         if not metrics["grad_norm"].isfinite():
-            sys.exit(f"error: gradient not finite in rollout {rollout}; lower --learning-rate")
+            fail(f"gradient not finite in rollout {rollout}; lower --learning-rate")
 
         # 4. Log.
         episodes = rollout * args.batch_size
@@ -560,6 +612,8 @@ def main(args):
                 f"KL {mean_kl:.3f}  {episodes / seconds:,.1f} episodes/s  {seconds_left:.0f} s left"
             )
             recent_scores = []
+            if writer:
+                writer.flush()  # so that a run that is killed keeps its curves
 
     # Evaluate on the held-out prompts, save and report.
     after = evaluate(policy, reference, test_prompts, test_targets, args.temperature)
@@ -568,19 +622,19 @@ def main(args):
             writer.add_scalar(f"eval/{name}", before[name], 0)
             writer.add_scalar(f"eval/{name}", after[name], episodes)
         writer.close()
-    if args.save_path is not None:
-        part = args.save_path.with_name(args.save_path.name + ".part")
-        flags = {flag: str(value) for flag, value in asdict(args).items()}
-        weights = {"policy": policy.state_dict(), "reference": reference.state_dict()}
-        torch.save({"args": flags, **weights}, part)
-        os.replace(part, args.save_path)  # the file is never half-written
     print(
         f"held-out success {before['success']:.3f} -> {after['success']:.3f} "
         f"± {after['success_error']:.3f}  KL {after['kl']:.3f} ± {after['kl_error']:.3f}  "
         f"{time.time() - start_time:.1f} s"
     )
+    if args.save_path is not None:
+        flags = {flag: str(value) for flag, value in asdict(args).items()}
+        weights = {"policy": policy.state_dict(), "reference": reference.state_dict()}
+        save(args.save_path, {"args": flags, **weights})
     return {"success_before": before["success"], **after}
 
 
 if __name__ == "__main__":
+    # Print each line at once; where the output cannot show a character, print a question mark.
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
     main(tyro.cli(Args, description=__doc__))

@@ -81,16 +81,25 @@ def is_writable(folder):
     return folder.is_dir() and os.access(folder, os.W_OK)
 
 
+def fail(message):
+    """End the program with one line and status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def check_args(args):
     """Exit with status 2 and one line if a flag's value makes no sense."""
     runs = Path("runs") if os.path.lexists("runs") else Path(".")
-    save_path = args.save_path or Path("rm.pt")
+    save_path = Path(args.save_path or "rm.pt")
     folder = save_path.parent
     rules = [
         (args.device == "cpu" or torch.cuda.is_available(), "--device cuda: no GPU is available"),
         (not args.tensorboard or is_writable(runs), "runs/ is not writable; use --no-tensorboard"),
         (is_writable(folder), f"--save-path {save_path}: no folder there that can be written to"),
-        (not save_path.is_dir(), f"--save-path {save_path} is a folder; name a file"),
+        (
+            save_path.is_file() or not os.path.lexists(save_path),
+            f"--save-path {save_path} exists and is not a file; name another",
+        ),
         (0 <= args.seed < 2**63, f"--seed {args.seed} must be 0 or more"),
         (args.sft_steps >= 0, f"--sft-steps {args.sft_steps} must be 0 or more"),
         (args.num_examples >= 1, f"--num-examples {args.num_examples} must be at least 1"),
@@ -107,6 +116,13 @@ def check_args(args):
     if args.annotate is not None:
         rules.append((args.annotate >= 1, f"--annotate {args.annotate} must be at least 1"))
         rules.append((args.preferences is not None, "--annotate needs --preferences FILE"))
+
+    if args.preferences is not None and args.save_path is not None:
+        same = save_path.resolve() == Path(args.preferences).resolve()
+        rules.append((not same, "--save-path would overwrite --preferences; name another file"))
+    if args.policy is not None and args.save_path is not None:
+        same = save_path.resolve() == Path(args.policy).resolve()
+        rules.append((not same, "--save-path would overwrite --policy; name another file"))
 
     # Flags that would not be read with the others.
     unread = []
@@ -128,8 +144,7 @@ def check_args(args):
 
     for valid, error in rules:
         if not valid:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            fail(error)
 
 
 # ---------------------------------------------------------------------------- Task
@@ -265,6 +280,20 @@ def generate(policy, prompts, temperature):
     return tokens[:, prompts.shape[1] :]
 
 
+def get_scores(targets, responses):
+    """What reward returns, as float32 scores (B,). They must be one finite number per response."""
+    rewards = reward(targets, responses)
+    try:
+        scores = torch.as_tensor(rewards, dtype=torch.float32, device=responses.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        fail(f"reward returned a {type(rewards).__name__}, not a number per response ({error})")
+    if scores.shape != (len(responses),):
+        fail(f"reward returned shape {tuple(scores.shape)} for {len(responses)} responses")
+    if not scores.isfinite().all():
+        fail(f"reward returned {scores[~scores.isfinite()][0]:.0f}; every reward must be finite")
+    return scores
+
+
 def response_mask(responses):
     """True up to and including the first EOS: stopping is learned, padding is ignored. (B, R)"""
     is_eos = (responses == EOS).long()
@@ -324,8 +353,7 @@ def load_policy(path, device):
                 raise ValueError
     except Exception as error:  # a file can be wrong in any number of ways
         reason = f"not a file with a policy and its reference, or damaged ({type(error).__name__})"
-        print(f"error: --policy {path}: {reason}", file=sys.stderr)
-        sys.exit(2)
+        fail(f"--policy {path}: {reason}")
     return policy, reference
 
 
@@ -344,7 +372,7 @@ def sample_preferences(policy, prompts, targets, annotator_temperature):
     targets = targets[different]
     first = first[different]
     second = second[different]
-    difference = reward(targets, first) - reward(targets, second)  # (N,)
+    difference = get_scores(targets, first) - get_scores(targets, second)  # (N,)
     first_wins = torch.rand_like(difference) < (difference / annotator_temperature).sigmoid()
     chosen = torch.where(first_wins[:, None], first, second)
     rejected = torch.where(first_wins[:, None], second, first)
@@ -391,18 +419,16 @@ def read_preferences(path, test_prompts):
     num_held_out = 0
     num_identical = 0
     try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+        lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        print(f"error: --preferences {path}: cannot be read ({error})", file=sys.stderr)
-        sys.exit(2)
+        fail(f"--preferences {path}: cannot be read ({error})")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             prompt, chosen, rejected, tie = parse_preference(line)
         except ValueError as error:
-            print(f"error: --preferences {path}: line {number}: {error}", file=sys.stderr)
-            sys.exit(2)
+            fail(f"--preferences {path}: line {number}: {error}")
         if tuple(prompt) in held_out:
             num_held_out += 1
         elif chosen == rejected and not tie:
@@ -411,8 +437,7 @@ def read_preferences(path, test_prompts):
             preferences.append((prompt, chosen, rejected, tie))
     counts = f"{num_held_out} with held-out prompts, {num_identical} of identical responses"
     if not preferences:
-        print(f"error: --preferences {path}: no pair to learn from ({counts})", file=sys.stderr)
-        sys.exit(2)
+        fail(f"--preferences {path}: no pair to learn from ({counts})")
     if num_held_out + num_identical > 0:
         print(f"{path}: left out pairs: {counts}")
     device = test_prompts.device
@@ -444,7 +469,7 @@ def sample_labels(policy, prompts, targets, annotator_temperature):
     Returns prompts (N, P), responses (N, R) and labels (N,), true where the response is good.
     """
     responses = torch.cat([generate(policy, chunk, 1.0) for chunk in prompts.split(256)])
-    logits = (reward(targets, responses) - 0.5) / annotator_temperature  # (N,)
+    logits = (get_scores(targets, responses) - 0.5) / annotator_temperature  # (N,)
     labels = torch.rand_like(logits) < logits.sigmoid()
     return prompts, responses, labels
 
@@ -484,7 +509,7 @@ def sample_demonstrations(policy, reference, prompts, targets, annotator_tempera
     while len(missing) > 0:
         chunks = prompts[missing].split(256)
         responses = torch.cat([generate(reference, chunk, 1.0) for chunk in chunks])
-        scores = reward(targets[missing], responses)
+        scores = get_scores(targets[missing], responses)
         accepted = torch.rand_like(scores) < ((scores - 1) / annotator_temperature).exp()
         demonstrations[missing] = responses
         missing = missing[~accepted]
@@ -549,8 +574,8 @@ def evaluate_scores(reward_model, policy, prompts, targets, annotator_temperatur
         second = generate(policy, prompts[rows], 1.0)
         first_scores = reward_model(prompts[rows], first)
         second_scores = reward_model(prompts[rows], second)
-        first_rewards = reward(targets[rows], first)
-        second_rewards = reward(targets[rows], second)
+        first_rewards = get_scores(targets[rows], first)
+        second_rewards = get_scores(targets[rows], second)
         scores.append(first_scores)
         rewards.append(first_rewards)
 
@@ -598,6 +623,7 @@ def annotate(policy, prompts, path, number):
 
     Each pair is on disk before the next question, so stopping at any time loses nothing.
     """
+    path = Path(path)
     try:
         text = path.read_text("utf-8-sig") if path.exists() else ""
         lines = [line for line in text.split("\n") if line.strip()]
@@ -605,8 +631,7 @@ def annotate(policy, prompts, path, number):
             parse_preference(line)
         file = path.open("a", encoding="utf-8")
     except (OSError, ValueError) as error:
-        print(f"error: --preferences {path}: cannot be continued ({error})", file=sys.stderr)
-        sys.exit(2)
+        fail(f"--preferences {path}: cannot be continued ({error})")
     if text and not text.endswith("\n"):
         file.write("\n")
 
@@ -641,6 +666,34 @@ def annotate(policy, prompts, path, number):
 
 
 # ---------------------------------------------------------------------------- Training
+def make_run_folder(run_name):
+    """Make runs/<run name>, with a number behind it if a run of the same second has the name."""
+    folder = Path("runs", run_name)
+    number = 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return str(folder)
+        except FileExistsError:
+            number += 1
+            folder = Path("runs", f"{run_name}-{number}")
+
+
+def save(path, contents):
+    """Write a file whole or not at all. If that fails, end the program with one line."""
+    path = Path(path).resolve()  # where path is a link, the file that it leads to
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        torch.save(contents, part)
+    except (OSError, RuntimeError) as error:  # a full disk, a folder that is gone
+        part.unlink(missing_ok=True)
+        fail(f"--save-path {path} cannot be written ({error})")
+    try:
+        os.replace(part, path)
+    except OSError as error:
+        fail(f"--save-path {path} cannot be written ({error}); the weights are in {part}")
+
+
 def main(args):
     check_args(args)
     torch.manual_seed(args.seed)
@@ -676,16 +729,16 @@ def main(args):
         examples = sample_demonstrations(policy, reference, *asked, args.num_samples)
     num_examples = len(examples[0])
     if num_examples == 0:
-        sys.exit("error: all sampled pairs were of identical responses")
+        fail("all sampled pairs were of identical responses")
 
     reward_model = RewardModel(args.ensemble_size, args.uncertainty_coef).to(device)
     reward_model.reference.load_state_dict(reference.state_dict())
-    run_name = f"{Path(__file__).stem}__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}"
+    run_name = f"reward_model__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}"
     num_parameters = sum(p.numel() for p in reward_model.members.parameters())
     print(f"{run_name}: {num_parameters:,} parameters on {device}, {num_examples:,} examples")
     writer = None
     if args.tensorboard:
-        writer = SummaryWriter(f"runs/{run_name}")
+        writer = SummaryWriter(make_run_folder(run_name))
         lines = [f"|{flag}|{value}|" for flag, value in asdict(args).items()]
         writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *lines]))
 
@@ -755,7 +808,7 @@ def main(args):
                 if step % log_interval != 0 and step < num_steps:
                     continue
                 if not grad_norm.isfinite():
-                    sys.exit(f"error: gradient not finite in step {step}; lower --learning-rate")
+                    fail(f"gradient not finite in step {step}; lower --learning-rate")
                 seconds = time.time() - loop_start_time
                 progress = (member + step / num_steps) / args.ensemble_size
                 seconds_left = seconds * (1 - progress) / progress
@@ -769,6 +822,7 @@ def main(args):
                         writer.add_scalar(f"losses/{name}", means[name], examples_seen)
                     writer.add_scalar("charts/learning_rate", learning_rate, examples_seen)
                     writer.add_scalar("charts/examples_per_second", speed, examples_seen)
+                    writer.flush()  # so that a run that is killed keeps its curves
                 print(
                     f"example {examples_seen:7d}  loss {means['loss']:.3f}  "
                     f"accuracy {means['accuracy']:.3f}  "
@@ -787,23 +841,23 @@ def main(args):
         for name in after:
             writer.add_scalar(f"eval/{name}", after[name], examples_seen)
         writer.close()
+    print(
+        f"held-out pair accuracy {after['accuracy']:.3f} ± {after['accuracy_error']:.3f}  "
+        f"Bayes accuracy {after['bayes_accuracy']:.3f}  correlation {after['correlation']:.3f}  "
+        f"deviation {after['deviation']:.3f}  {time.time() - start_time:.1f} s"
+    )
     if args.save_path is not None:
-        part = args.save_path.with_name(args.save_path.name + ".part")
         flags = {flag: str(value) for flag, value in asdict(args).items()}
         weights = {
             "members": [gpt.state_dict() for gpt in reward_model.members],
             "uncertainty_coef": args.uncertainty_coef,
             "reference": reference.state_dict(),
         }
-        torch.save({"args": flags, **weights}, part)
-        os.replace(part, args.save_path)  # the file is never half-written
-    print(
-        f"held-out pair accuracy {after['accuracy']:.3f} ± {after['accuracy_error']:.3f}  "
-        f"Bayes accuracy {after['bayes_accuracy']:.3f}  correlation {after['correlation']:.3f}  "
-        f"deviation {after['deviation']:.3f}  {time.time() - start_time:.1f} s"
-    )
+        save(args.save_path, {"args": flags, **weights})
     return after
 
 
 if __name__ == "__main__":
+    # Print each line at once; where the output cannot show a character, print a question mark.
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
     main(tyro.cli(Args, description=__doc__))

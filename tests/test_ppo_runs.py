@@ -482,12 +482,16 @@ def zero_bias(reset_parameters):
     return reset
 
 
-def test_rewards_that_are_not_finite_stop_the_run(monkeypatch):
-    monkeypatch.setattr(ppo, "reward", constant_reward(math.inf))
+def test_a_gradient_that_is_not_finite_stops_the_run(monkeypatch, capsys):
+    def infinite(rewards, values, mask, *_):
+        return torch.full_like(rewards, math.inf), values
+
+    monkeypatch.setattr(ppo, "compute_gae", infinite)
     with pytest.raises(SystemExit) as stop:
         run()
-    assert "rollout 1" in str(stop.value.code)
-    assert "--learning-rate" in str(stop.value.code)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "rollout 1" in error and "--learning-rate" in error
 
 
 # ---------------------------------------------------------------------------- Reward model
@@ -550,7 +554,7 @@ def test_the_saved_file_holds_policy_reference_and_flags(monkeypatch, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
 
-def test_an_old_file_is_replaced_whole_or_not_at_all(monkeypatch, tmp_path):
+def test_an_old_file_is_replaced_whole_or_not_at_all(monkeypatch, tmp_path, capsys):
     path = tmp_path / "model.pt"
     path.write_text("old")
     save = torch.save
@@ -561,9 +565,13 @@ def test_an_old_file_is_replaced_whole_or_not_at_all(monkeypatch, tmp_path):
         raise OSError("no space left")
 
     monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(SystemExit) as stop:
         run(save_path=path, total_episodes=64)
-    assert path.read_text() == "old"
+    assert stop.value.code == 2
+    printed, error = capsys.readouterr()
+    assert printed.splitlines()[-1].startswith("held-out success")
+    assert error.count("\n") == 1 and "no space left" in error and "--save-path" in error
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     monkeypatch.setattr(torch, "save", save)
     run(save_path=path, total_episodes=64)
     assert torch.load(path, weights_only=True)["args"]["batch_size"] == "64"

@@ -745,15 +745,16 @@ def test_reward_weighted_regression_on_equal_rewards(monkeypatch):
     assert all(math.isfinite(value) for value in result.values())
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(monkeypatch):
-    def infinite(targets, responses):
-        return torch.full((len(responses),), torch.inf)
+def test_a_gradient_that_is_not_finite_stops_the_run(monkeypatch, capsys):
+    def infinite(rewards, mask, gamma):
+        return torch.full_like(rewards, torch.inf)
 
-    monkeypatch.setattr(reinforce, "reward", infinite)
+    monkeypatch.setattr(reinforce, "returns_to_go", infinite)
     with pytest.raises(SystemExit) as stop:
         run()
-    assert "rollout 1" in str(stop.value.code)
-    assert "--learning-rate" in str(stop.value.code)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "rollout 1" in error and "--learning-rate" in error
 
 
 def test_reference_is_frozen_and_nothing_is_left_behind(monkeypatch, tmp_path):

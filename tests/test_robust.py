@@ -1,0 +1,282 @@
+"""What real use does to the scripts of the toy task: consoles, disks, sweeps, users' rewards."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy
+import programs
+import pytest
+import torch
+
+import digits_sum20
+import dpo
+import grpo
+import ppo
+import reinforce
+import reward_model
+
+SCRIPTS = [reinforce, ppo, grpo, dpo, reward_model]
+each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+each_with_digits = pytest.mark.parametrize(
+    "script", [*SCRIPTS, digits_sum20], ids=lambda script: script.__name__
+)
+
+
+@pytest.fixture(autouse=True)
+def short_runs(monkeypatch, tmp_path):
+    programs.shorten_runs(monkeypatch, tmp_path, *SCRIPTS)
+
+
+def few(script, **flags):
+    """Flags of a very short run."""
+    values = {"tensorboard": False, "sft_steps": 2}
+    if script is dpo:
+        values |= {"num_pairs": 32, "epochs": 1}
+    elif script is reward_model:
+        values |= {"num_examples": 32, "epochs": 1}
+    else:
+        values |= {"total_episodes": 32, "batch_size": 32}
+    return script.Args(**values | flags)
+
+
+def refused(script, capsys, **flags):
+    """The one line with which a run ends."""
+    with pytest.raises(SystemExit) as stop:
+        script.main(few(script, **flags))
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+def command(script, *words, **more):
+    line = [sys.executable, str(programs.ROOT / f"{script.__name__}.py"), *words]
+    return subprocess.run(line, capture_output=True, **more)
+
+
+# ---------------------------------------------------------------------------- What a reward returns
+def constant_reward(value, form):
+    def reward(targets, responses):
+        return form([value] * len(responses))
+
+    return reward
+
+
+FORMS = {
+    "list": list,
+    "ints": torch.tensor,
+    "bools": lambda values: torch.tensor(values) > 0,
+    "numpy": lambda values: numpy.array(values, dtype=numpy.float64),
+    "bfloat16": lambda values: torch.tensor(values, dtype=torch.bfloat16),
+    "tensors": lambda values: [torch.tensor(value) for value in values],
+}
+
+
+@each_script
+@pytest.mark.parametrize("form", FORMS)
+def test_rewards_of_any_numeric_form_become_float32(script, form, monkeypatch):
+    monkeypatch.setattr(script, "reward", constant_reward(1, FORMS[form]))
+    scores = script.get_scores(torch.zeros(3), torch.zeros(3, 3))
+    assert scores.dtype == torch.float32 and scores.tolist() == [1.0, 1.0, 1.0]
+
+
+@each_script
+def test_a_run_takes_a_list_of_whole_numbers(script, monkeypatch):
+    """A constant reward, too: nothing is divided by its deviation of 0."""
+    monkeypatch.setattr(script, "reward", constant_reward(1, list))
+    if script is reward_model:  # its correlation with a constant reward is 0
+        assert script.main(few(script))["correlation"] == 0
+    else:
+        assert script.main(few(script))["success"] == 1
+
+
+UNFIT = {
+    "column": (lambda values: torch.ones(len(values), 1), "shape"),
+    "one short": (lambda values: torch.ones(len(values) - 1), "shape"),
+    "one for all": (lambda values: 1.0, "shape"),
+    "words": (lambda values: ["good"] * len(values), "list"),
+    "nothing": (lambda values: None, "NoneType"),
+    "infinite": (lambda values: [1.0] * (len(values) - 1) + [float("inf")], "inf"),
+    "not a number": (lambda values: torch.full((len(values),), torch.nan), "nan"),
+}
+
+
+@each_script
+@pytest.mark.parametrize("kind", UNFIT)
+def test_rewards_that_do_not_fit_are_named(script, kind, monkeypatch, capsys):
+    form, said = UNFIT[kind]
+    monkeypatch.setattr(script, "reward", constant_reward(1, form))
+    error = refused(script, capsys)
+    assert "reward returned" in error and said in error
+
+
+# ---------------------------------------------------------------------------- Files
+@each_with_digits
+def test_runs_of_the_same_second_get_folders_of_their_own(script):
+    folders = {script.make_run_folder("name") for _ in range(3)}
+    assert len(folders) == 3
+    assert all(Path(folder).is_dir() and Path(folder).parent == Path("runs") for folder in folders)
+
+
+@each_script
+def test_two_runs_of_the_same_second_share_no_events(script, monkeypatch, tmp_path):
+    monkeypatch.setattr(time, "strftime", lambda form: "2026-01-01-000000")
+    for _ in range(2):
+        script.main(few(script, tensorboard=True))
+    folders = sorted((tmp_path / "runs").iterdir())
+    assert [len(list(folder.iterdir())) for folder in folders] == [1, 1]
+    name = f"{script.__name__}__1__2026-01-01-000000"
+    assert [folder.name for folder in folders] == [name, f"{name}-2"]
+
+
+@each_script
+def test_paths_may_be_strings(script, tmp_path):
+    flags = {"save_path": str(tmp_path / "saved.pt")}
+    if script in (ppo, grpo):
+        reward_model.main(few(reward_model, save_path=str(tmp_path / "rm.pt")))
+        flags["reward_model"] = str(tmp_path / "rm.pt")
+    if script in (dpo, reward_model):
+        pair = '{"prompt": "123", "chosen": "95", "rejected": "94"}\n'
+        (tmp_path / "pairs.jsonl").write_text(pair)
+        flags["preferences"] = str(tmp_path / "pairs.jsonl")
+        default = "num_pairs" if script is dpo else "num_examples"
+        flags[default] = getattr(script.Args, default)
+    script.main(few(script, **flags))
+    assert torch.load(tmp_path / "saved.pt", weights_only=True)["args"]["seed"] == "1"
+
+
+@each_script
+def test_a_link_is_followed_and_stays(script, tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "saved.pt").write_text("old")
+    (tmp_path / "link.pt").symlink_to(tmp_path / "far" / "saved.pt")
+    script.main(few(script, save_path=tmp_path / "link.pt"))
+    assert (tmp_path / "link.pt").is_symlink()
+    torch.load(tmp_path / "far" / "saved.pt", weights_only=True)
+    assert os.listdir(tmp_path / "far") == ["saved.pt"]
+
+
+@each_script
+@pytest.mark.parametrize("kind", ["folder", "pipe", "dangling link"])
+def test_what_is_not_a_file_is_never_replaced(script, kind, tmp_path, capsys):
+    path = tmp_path / "there"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(tmp_path / "nowhere")
+    assert "--save-path" in refused(script, capsys, save_path=path)
+    assert [path] == list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("script", "flag"),
+    [
+        (ppo, "reward_model"),
+        (grpo, "reward_model"),
+        (dpo, "preferences"),
+        (reward_model, "preferences"),
+        (reward_model, "policy"),
+    ],
+)
+def test_an_input_is_never_overwritten(script, flag, tmp_path, capsys):
+    (tmp_path / "input").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "input")
+    for save_path in ["input", "./input", str(tmp_path / "input"), "link"]:
+        error = refused(script, capsys, **{flag: Path("input"), "save_path": Path(save_path)})
+        assert f"--{flag.replace('_', '-')}" in error
+    assert (tmp_path / "input").read_text() == "mine"
+
+
+@each_script
+def test_if_the_file_cannot_get_its_name_the_weights_stay(script, monkeypatch, tmp_path, capsys):
+    def broken(*_):
+        raise OSError("the folder is gone")
+
+    monkeypatch.setattr(os, "replace", broken)
+    error = refused(script, capsys, save_path=Path("saved.pt"))
+    (part,) = tmp_path.iterdir()
+    assert "the folder is gone" in error and str(part) in error
+    torch.load(part, weights_only=True)
+
+
+@each_script
+def test_a_full_disk_leaves_no_part(script, monkeypatch, tmp_path, capsys):
+    def broken(contents, path):
+        Path(path).write_text("half")
+        raise RuntimeError("no space left")
+
+    monkeypatch.setattr(torch, "save", broken)
+    assert "no space left" in refused(script, capsys, save_path=Path("saved.pt"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_copy_under_another_name_makes_files_that_the_others_read(tmp_path):
+    copy = tmp_path / "my_rm.py"
+    shutil.copy(programs.ROOT / "reward_model.py", copy)
+    words = "--num-examples 32 --epochs 1 --sft-steps 2 --no-tensorboard --save-path rm.pt"
+    subprocess.run([sys.executable, str(copy), *words.split()], check=True, capture_output=True)
+    ppo.main(few(ppo, reward_model=tmp_path / "rm.pt"))
+
+
+# ---------------------------------------------------------------------------- Output
+@each_with_digits
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_help_is_printed_whatever_the_encoding(script, encoding):
+    done = command(script, "--help", env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert done.returncode == 0 and b"--seed" in done.stdout and done.stderr == b""
+
+
+@pytest.mark.parametrize("script", [ppo, reward_model], ids=["ppo", "reward_model"])
+def test_a_run_ends_well_where_the_output_is_ascii(script):
+    words = "--sft-steps 2 --no-tensorboard --save-path saved.pt --ensemble-size 1"
+    if script is ppo:
+        words = "--sft-steps 2 --no-tensorboard --save-path saved.pt --total-episodes 256"
+    else:
+        words += " --num-examples 32 --epochs 1"
+    done = command(script, *words.split(), env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and done.stderr == b""
+    assert Path("saved.pt").exists()
+
+
+def test_curves_are_on_disk_while_the_run_goes_on(monkeypatch):
+    """So a run that is killed loses nothing but what follows its last progress line."""
+    flushed = []
+
+    class Writer(programs.NoWriter):
+        def __init__(self, folder):
+            pass
+
+        def flush(self):
+            flushed.append(True)
+
+    for script in SCRIPTS:
+        monkeypatch.setattr(script, "SummaryWriter", Writer)
+        flushed.clear()
+        script.main(few(script, tensorboard=True))
+        assert flushed
+
+
+def test_a_closed_keyboard_ends_the_questions(tmp_path):
+    words = "--annotate 3 --preferences mine.jsonl --sft-steps 2".split()
+    done = command(reward_model, *words, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0 and done.stderr == b""
+    assert Path("mine.jsonl").read_text() == ""
+
+
+def test_questions_refuse_a_file_in_another_encoding(tmp_path, capsys):
+    (tmp_path / "mine.jsonl").write_bytes('{"prompt": "é"}\n'.encode("latin-1"))
+    error = refused(
+        reward_model,
+        capsys,
+        annotate=3,
+        preferences=Path("mine.jsonl"),
+        num_examples=reward_model.Args.num_examples,
+        epochs=reward_model.Args.epochs,
+    )
+    assert "--preferences mine.jsonl" in error
