@@ -1,14 +1,16 @@
-"""PPO on GPT-2: make its texts happier without letting them drift from where they began.
+"""PPO on GPT-2: write happier texts while staying close to the model that training began with.
 
     maximise over π:  J(π) = E[R(x, y)] - β · KL(π ‖ π_ref)
 
-The algorithm of ppo.py on a language model of words: GPT-2 in plain torch, a reward that reads the
-text, a value head, a frozen reference. By default a small GPT-2 is first pretrained on sentences
-from a little grammar in this file; --model takes any GPT-2 from the Hugging Face hub or from a
-directory. PPO: Schulman et al. 2017 (arXiv:1707.06347). On language models, with an adaptive KL
-penalty: Ziegler et al. 2019 (arXiv:1909.08593). To adapt it, replace reward and prompts.
+ppo.py on text: GPT-2 with a tokenizer, prompts of different lengths, a reward that reads the
+response, and a β that adapts to a target KL. By default a small GPT-2 is first pretrained on
+sentences of a grammar in this file; --model takes any GPT-2 from the Hugging Face hub or from a
+directory. To use your own task, replace the section "Task".
 
-    python gpt2_sentiment.py                       # held-out reward 7 -> 33 at a KL of 3.9 nats
+PPO: Schulman et al. 2017 (arXiv:1707.06347). On language models, with an adaptive KL penalty:
+Ziegler et al. 2019 (arXiv:1909.08593).
+
+    python gpt2_sentiment.py                       # held-out reward 7 -> 33 at a KL of 4 nats
     python gpt2_sentiment.py --model gpt2          # the 124M model; --device cuda --bf16 on a GPU
     torchrun --nproc-per-node 2 gpt2_sentiment.py  # data parallel; --help lists every flag
 """
@@ -20,14 +22,13 @@ penalty: Ziegler et al. 2019 (arXiv:1909.08593). To adapt it, replace reward and
 # ///
 
 import copy
-import errno
 import json
+import math
 import os
 import random
 import re
 import shutil
 import sys
-import textwrap
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
@@ -39,118 +40,193 @@ import torch.distributed as dist
 import torch.distributed.nn  # imported later, it would keep the gloo threads alive at exit
 import torch.nn.functional as F
 import tyro
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 
 @dataclass
 class Args:
-    seed: int = 1  # seed of everything random but the split into training and held-out prompts
-    device: Literal["cpu", "cuda"] = "cpu"  # for the toy's tiny tensors cpu is the faster one
-    tensorboard: bool = True  # write curves and more to runs/, for tensorboard --logdir runs
-    model: str = "embedded"  # a small GPT-2 made at start, a hub name (gpt2), or a directory
-    prompts: Path | None = None  # file of prompts, one a line; every fifth is held out
-    save_dir: Path | None = None  # folder for the final model, as transformers opens it
-    checkpoint_every: int | None = None  # rollouts between checkpoints in runs/, to resume from
-    resume: Path | None = None  # folder in runs/ to continue, with the flags it was started with
-    bf16: bool = False  # compute in bfloat16 where that is safe; needs --device cuda
+    seed: int = 1  # random seed (the train/held-out split of the prompts is fixed)
+    device: Literal["cpu", "cuda"] = "cpu"  # for the embedded model the CPU is faster
+    bf16: bool = False  # forward passes in bfloat16; needs --device cuda
+    tensorboard: bool = True  # log curves to runs/ (view with: tensorboard --logdir runs)
+    save_dir: Path | None = None  # new folder for the final model, which transformers can open
+    checkpoint_every: int | None = None  # rollouts between checkpoints in the run's folder
+    resume: Path | None = None  # run folder to continue, with the flags it was started with
+
+    # Task
+    model: str = "embedded"  # a small GPT-2 made at start, a name on the hub, or a directory
+    prompts: Path | None = None  # text file with one prompt per line; every fifth is held out
+    reward: Literal["sentiment", "plain", "positivity", "composite"] = "sentiment"  # see "Task"
+    lexicon: Path | None = None  # for sentiment and plain: file with "word weight" on each line
+    reward_model: Path | None = None  # maximise the score of this GPT2ForSequenceClassification
     pretrain_steps: int = 500  # supervised steps that make the embedded model
-    total_episodes: int | None = None  # responses sampled in all
-    batch_size: int | None = None  # responses a rollout
-    learning_rate: float | None = None  # step size of AdamW at its highest; by default fits --model
-    max_grad_norm: float = 1.0  # gradients longer than this are scaled down to it
-    temperature: float = 1.0  # divides the logits, in sampling and in every log-probability alike
-    kl_coef: float = 3.0  # β, the price in reward of a nat of KL(policy ‖ reference) a response
+    eval_samples: int = 256  # responses sampled for each evaluation
 
-    reward: Literal["sentiment", "positivity", "composite"] = "sentiment"  # what is paid for
-    response_length: int = 20  # tokens of a response, unless it ends before
-    top_k: int = 0  # draw among the k likeliest tokens; 0 draws among all
-    top_p: float = 1.0  # draw among the likeliest tokens that make up this probability
+    # Training
+    total_episodes: int = 2_560  # total number of sampled responses
+    batch_size: int = 64  # responses per rollout
     update_epochs: int = 4  # passes over each rollout
-    num_minibatches: int = 4  # gradient steps a pass
-    micro_batch_size: int | None = None  # responses in memory at once; gradients add up
-    gamma: float = 1.0  # discount a token; 1 is usual, as only the finished response counts
-    gae_lambda: float = 0.95  # λ: 1 trusts sampled returns (no bias), 0 the critic (low variance)
-    clip_coef: float = 0.2  # ε: no gain from moving the ratio π/π_old further
-    vf_clip_coef: float = 1.0  # no gain from moving a value further than this
-    normalize_advantages: bool = True  # whiten, so that the scale of the reward does not matter
-    whiten_rewards: bool = True  # divide rewards by their standard deviation, keep their mean
-    target_kl: float | None = None  # end a rollout's updates at this KL(π_old ‖ π) a token
-    ent_coef: float = 0.0  # bonus for a nat of entropy a response
+    num_minibatches: int = 4  # gradient steps per pass
+    micro_batch_size: int | None = None  # responses per forward pass; gradients are accumulated
+    learning_rate: float | None = None  # peak; default 3e-4, for a loaded model 3.2e-4/sqrt(width)
+    max_grad_norm: float = 1.0  # maximum norm for gradient clipping
+    response_length: int = 20  # maximum number of response tokens
+    temperature: float = 1.0  # sampling temperature; log-probabilities are computed at it too
+    top_k: int = 0  # sample from the k likeliest tokens; 0 = from all
+    top_p: float = 1.0  # sample from the fewest likeliest tokens with this total probability
+
+    # PPO
+    kl_coef: float = 3.0  # β: reward subtracted per nat of KL(policy ‖ reference)
+    kl_target: float | None = 4.0  # adapt β until KL is this many nats per response
+    kl_horizon: int = 500  # episodes over which the adaptive β reacts
+    gamma: float = 1.0  # discount per token; usually 1, since the score is paid at the end
+    gae_lambda: float = 0.95  # GAE λ: 1 = Monte Carlo returns (unbiased), 0 = one-step TD
+    clip_coef: float = 0.2  # ε: clipping range of the probability ratio π/π_old
+    value_clip: float = 1.0  # clipping range of value updates, in units of reward
     vf_coef: float = 0.02  # weight of the value loss
-    separate_critic: bool = False  # give the critic a GPT of its own, not a head on the policy's
-    kl_target: float | None = 4.0  # adapt β until KL is this many nats a response
-    kl_horizon: int = 500  # episodes in which the adaptive β reacts
-    eval_samples: int = 256  # responses of each model to training and to held-out prompts
+    ent_coef: float = 0.0  # entropy bonus
+    separate_critic: bool = False  # give the critic a GPT-2 of its own, not a head on the policy
+    missing_eos_penalty: float = 0.0  # subtracted from the score of a response without EOS
+    whiten_rewards: bool = True  # divide rewards by their standard deviation in each rollout
+    normalize_advantages: bool = True  # whiten advantages over each rollout
+    advantage_clip: float | None = None  # clip advantages to ± this, after any whitening
+    target_kl: float | None = None  # end a rollout's epochs once KL(π_old ‖ π) exceeds this
+
+    def __post_init__(self):
+        for name in ["save_dir", "resume", "prompts", "lexicon", "reward_model"]:
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, Path(value))  # main(Args(prompts="file.txt")) works too
 
 
-def stop(message):
-    """End the program, status 2, with one line."""
-    if int(os.environ.get("RANK", 0)) > 0:
-        time.sleep(5)  # the first process speaks for all, and torchrun then ends the others
+def fail(message):
+    """End the program with one line and status 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
-def require(args, flags, valid, why):
-    """End the program if a value is neither None (off) nor valid."""
-    for flag in flags.split():
-        value = getattr(args, flag)
-        if value is not None and not valid(value):
-            stop(f"--{flag.replace('_', '-')} {value}: {why}")
+def one_line(error):
+    """What an exception says, on one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def is_writable(folder):
+    return folder.is_dir() and os.access(folder, os.W_OK)
 
 
 def check_args(args):
-    if args.resume is not None:
-        other = [f.name for f in fields(args) if getattr(args, f.name) != f.default]
-        why = "continues with the flags it was started with; give no other"
-        require(args, "resume", lambda v: other == ["resume"], why)
-        why = "has no checkpoint.pt; --checkpoint-every writes it to a folder in runs/"
-        require(args, "resume", lambda v: (v / "checkpoint.pt").is_file(), why)
-        return
-    counts = "total_episodes batch_size update_epochs num_minibatches kl_horizon response_length"
-    counts += " micro_batch_size checkpoint_every"
-    require(args, counts, lambda v: v >= 1, "must be 1 or more")
-    positive = "learning_rate max_grad_norm temperature clip_coef vf_clip_coef target_kl kl_target"
-    require(args, positive, lambda v: 0 < v < 2**63, "must be above 0, and finite")
-    amounts = "seed pretrain_steps kl_coef vf_coef ent_coef top_k"
-    require(args, amounts, lambda v: 0 <= v < 2**63, "must be 0 or more, and finite")
-    require(args, "eval_samples", lambda v: v >= 2, "must be 2 or more, for a standard error")
-    require(args, "gamma gae_lambda", lambda v: 0 <= v <= 1, "must be between 0 and 1")
-    require(args, "top_p", lambda v: 0 < v <= 1, "must be above 0 and at most 1")
-    why = "cannot adapt --kl-coef 0; start that above 0, or give --kl-target None"
-    require(args, "kl_target", lambda v: args.kl_coef > 0, why)
-    require(
-        args, "device", lambda v: v == "cpu" or torch.cuda.is_available(), "is not here; use cpu"
-    )
-    require(args, "bf16", lambda v: args.device == "cuda" or not v, "needs --device cuda")
-    runs = "runs" if os.path.lexists("runs") else "."
-    usable = os.path.isdir(runs) and os.access(runs, os.W_OK)
-    require(
-        args, "tensorboard", lambda v: usable or not v, "cannot fill runs/; use --no-tensorboard"
-    )
-    require(args, "checkpoint_every", lambda v: usable, "cannot fill runs/; leave it out")
-    why = "cannot be made; name a new folder in a folder that exists"
-    require(args, "save_dir", lambda v: v.parent.is_dir() and os.access(v.parent, os.W_OK), why)
-    why = "is there already; name a new folder"
-    require(args, "save_dir", lambda v: not os.path.lexists(v), why)
+    """Exit with status 2 and one line if a flag's value makes no sense."""
+    runs = Path("runs") if os.path.lexists("runs") else Path(".")
+    save_dir = args.save_dir or Path("model")
+    resume = args.resume
+    other_flags = [f.name for f in fields(args) if getattr(args, f.name) != f.default]
+    _, processes = rank_and_processes()
+    minibatch_size = args.batch_size // max(1, args.num_minibatches)
+    rules = [
+        (args.device == "cpu" or torch.cuda.is_available(), "--device cuda: no GPU is available"),
+        (args.device == "cuda" or not args.bf16, "--bf16 needs --device cuda"),
+        (not args.tensorboard or is_writable(runs), "runs/ is not writable; use --no-tensorboard"),
+        (
+            args.checkpoint_every is None or is_writable(runs),
+            "--checkpoint-every: runs/ is not writable",
+        ),
+        (
+            is_writable(save_dir.parent),
+            f"--save-dir {save_dir}: no folder there that can be written to",
+        ),
+        (
+            args.save_dir is None or not os.path.lexists(save_dir),
+            f"--save-dir {save_dir} exists already; name a new folder",
+        ),
+        (
+            resume is None or other_flags == ["resume"],
+            f"--resume {resume} continues with the flags it was started with; give no other flag",
+        ),
+        (
+            resume is None or (resume / "checkpoint.pt").is_file(),
+            f"--resume {resume}: no checkpoint.pt there; --checkpoint-every writes it",
+        ),
+        (0 <= args.seed < 2**63, f"--seed {args.seed} must be 0 or more"),
+        (args.pretrain_steps >= 0, f"--pretrain-steps {args.pretrain_steps} must be 0 or more"),
+        (args.eval_samples >= 2, f"--eval-samples {args.eval_samples} must be at least 2"),
+        (args.batch_size >= 1, f"--batch-size {args.batch_size} must be at least 1"),
+        (args.total_episodes >= args.batch_size, "--total-episodes must be at least --batch-size"),
+        (args.update_epochs >= 1, f"--update-epochs {args.update_epochs} must be at least 1"),
+        (args.num_minibatches >= 1, f"--num-minibatches {args.num_minibatches} must be at least 1"),
+        (
+            args.batch_size % max(1, args.num_minibatches) == 0,
+            "--num-minibatches must divide --batch-size",
+        ),
+        (
+            minibatch_size % processes == 0,
+            f"--num-minibatches leaves {minibatch_size} responses for {processes} processes",
+        ),
+        (
+            args.eval_samples % processes == 0,
+            f"--eval-samples {args.eval_samples} must be a multiple of the {processes} processes",
+        ),
+        (0 < args.max_grad_norm < 1e6, f"--max-grad-norm {args.max_grad_norm} must be positive"),
+        (args.response_length >= 1, f"--response-length {args.response_length} must be at least 1"),
+        (0 < args.temperature < 1e6, f"--temperature {args.temperature} must be positive"),
+        (args.top_k >= 0, f"--top-k {args.top_k} must be 0 or more"),
+        (0 < args.top_p <= 1, f"--top-p {args.top_p} must be above 0 and at most 1"),
+        (0 <= args.kl_coef < 1e6, f"--kl-coef {args.kl_coef} must be 0 or more"),
+        (args.kl_horizon >= 1, f"--kl-horizon {args.kl_horizon} must be at least 1"),
+        (0 <= args.gamma <= 1, f"--gamma {args.gamma} must be between 0 and 1"),
+        (0 <= args.gae_lambda <= 1, f"--gae-lambda {args.gae_lambda} must be between 0 and 1"),
+        (0 < args.clip_coef < 1e6, f"--clip-coef {args.clip_coef} must be positive"),
+        (0 < args.value_clip < 1e6, f"--value-clip {args.value_clip} must be positive"),
+        (0 <= args.vf_coef < 1e6, f"--vf-coef {args.vf_coef} must be 0 or more"),
+        (0 <= args.ent_coef < 1e6, f"--ent-coef {args.ent_coef} must be 0 or more"),
+        (
+            0 <= args.missing_eos_penalty < 1e6,
+            f"--missing-eos-penalty {args.missing_eos_penalty} must be 0 or more",
+        ),
+    ]
+    if args.checkpoint_every is not None:
+        valid = args.checkpoint_every >= 1
+        rules.append((valid, f"--checkpoint-every {args.checkpoint_every} must be at least 1"))
+    if args.micro_batch_size is not None:
+        valid = args.micro_batch_size >= 1
+        rules.append((valid, f"--micro-batch-size {args.micro_batch_size} must be at least 1"))
+    if args.learning_rate is not None:
+        valid = 0 < args.learning_rate < 1
+        rules.append((valid, f"--learning-rate {args.learning_rate} must be in (0, 1)"))
+    if args.kl_target is not None:
+        rules.append((0 < args.kl_target < 1e6, f"--kl-target {args.kl_target} must be positive"))
+        error = "--kl-target cannot adapt --kl-coef 0; start above 0 or use --kl-target None"
+        rules.append((args.kl_coef > 0, error))
+    if args.advantage_clip is not None:
+        valid = 0 < args.advantage_clip < 1e6
+        rules.append((valid, f"--advantage-clip {args.advantage_clip} must be positive"))
+    if args.target_kl is not None:
+        rules.append((0 < args.target_kl < 1e6, f"--target-kl {args.target_kl} must be positive"))
+    for valid, error in rules:
+        if not valid:
+            fail(error)
 
 
-# ------------------------------------------------------------------ The task: replace by your own
-TUTORIAL = ["I feel happy when", "The best part about this is", "I love how"]
-TUTORIAL += ["Today was great because"]
-DAYS = "Today, Yesterday, The weekend, The party, Our trip, The evening".split(", ")
-OPENINGS = [f"{day} was {mood} because" for day in DAYS for mood in ("great", "bad", "long")]
-OPENINGS += [f"{who} feel {mood} when" for who in ("I", "We") for mood in ("happy", "sad", "calm")]
-OPENINGS += [f"The {which} part about this is" for which in ("best", "worst", "odd")]
-OPENINGS += [f"I {verb} how" for verb in ("love", "hate", "see")]
-OPENINGS += [f"My {person} says that" for person in ("friend", "sister", "teacher")]
-FEELINGS = [  # adjectives, moods, verbs: good, bad and neither, equally often
-    "good great excellent wonderful amazing awesome fun super incredible perfect; happy glad; "
-    "love like",
-    "bad awful terrible horrible lame gross cold broken late dull; sad upset angry; hate fear",
-    "small big old new green quiet short plain red simple; calm quiet surprised; see know",
+# ---------------------------------------------------------------------------- Task
+# The grammar of the embedded model's sentences: an opening, then clauses. Openings are the prompts.
+TUTORIAL_PROMPTS = [  # of the tutorial "RL for LLMs" by Abbie Petulante
+    "I feel happy when",
+    "The best part about this is",
+    "I love how",
+    "Today was great because",
+]
+OPENINGS = [
+    *[
+        f"{day} was {mood} because"
+        for day in ["Today", "Yesterday", "The weekend", "The party", "Our trip", "The evening"]
+        for mood in ["great", "bad", "long"]
+    ],
+    *[f"{who} feel {mood} when" for who in ["I", "We"] for mood in ["happy", "sad", "calm"]],
+    *[f"The {which} part about this is" for which in ["best", "worst", "odd"]],
+    *[f"I {verb} how" for verb in ["love", "hate", "see"]],
+    *[f"My {person} says that" for person in ["friend", "sister", "teacher"]],
 ]
 CLAUSES = [
     "the {thing} {is} {adjective}",
@@ -161,113 +237,207 @@ CLAUSES = [
     "my {person} {is} {mood} about the {thing}",
     "I {verb} the {thing}",
 ]
-WORDS = {
-    "thing": "food music weather game story song cake film book garden room coffee".split(),
-    "person": "friend sister brother mother teacher neighbour".split(),
-    "place": "park school beach market lake station".split(),
+PRESENT = {"is": "is", "have": "have", "makes": "makes"}
+PAST = {"is": "was", "have": "had", "makes": "made"}
+NOUNS = {
+    "thing": [
+        *["food", "music", "weather", "game", "story", "song"],
+        *["cake", "film", "book", "garden", "room", "coffee"],
+    ],
+    "person": ["friend", "sister", "brother", "mother", "teacher", "neighbour"],
+    "place": ["park", "school", "beach", "market", "lake", "station"],
 }
-TENSES = {"is": ("is", "was"), "have": ("have", "had"), "makes": ("makes", "made")}
+GOOD_WORDS = {
+    "adjective": [
+        *["good", "great", "excellent", "wonderful", "amazing"],
+        *["awesome", "fun", "super", "incredible", "perfect"],
+    ],
+    "mood": ["happy", "glad"],
+    "verb": ["love", "like"],
+}
+BAD_WORDS = {
+    "adjective": [
+        *["bad", "awful", "terrible", "horrible", "lame"],
+        *["gross", "cold", "broken", "late", "dull"],
+    ],
+    "mood": ["sad", "upset", "angry"],
+    "verb": ["hate", "fear"],
+}
+NEUTRAL_WORDS = {
+    "adjective": [
+        "small",
+        "big",
+        "old",
+        "new",
+        "green",
+        "quiet",
+        "short",
+        "plain",
+        "red",
+        "simple",
+    ],
+    "mood": ["calm", "quiet", "surprised"],
+    "verb": ["see", "know"],
+}
 EOS_TEXT = "<|endoftext|>"
+
+# The tutorial's words. Good ones weigh five times as much as bad ones.
+LEXICON = {
+    **{"good": 5, "glad": 5, "like": 5},
+    **{"great": 10, "happy": 10, "awesome": 10, "fun": 10, "super": 10},
+    **{"excellent": 15, "wonderful": 15, "amazing": 15, "love": 15},
+    **{"incredible": 15, "perfect": 15},
+    **{"bad": -1, "lame": -1, "sad": -1},
+    **{"awful": -2, "angry": -2, "gross": -2, "upset": -2},
+    **{"terrible": -3, "horrible": -3, "hate": -3},
+}
 
 
 def write_sentences(count, seed):
-    """Sentences of the grammar: an opening, one to three clauses, each of its own feeling."""
-    rng, sentences = random.Random(seed), []
+    """Sentences of the grammar: an opening and one to three clauses, each with a random feeling."""
+    rng = random.Random(seed)
+    sentences = []
     for _ in range(count):
         opening = rng.choice(OPENINGS)
-        text, past = opening, "was" in opening
+        tense = PAST if "was" in opening else PRESENT
+        text = opening
         for clause in range(rng.choice([1, 2, 2, 3])):
-            feeling = [words.split() for words in FEELINGS[rng.randrange(3)].split(";")]
-            slots = {name: rng.choice(words) for name, words in WORDS.items()}
-            slots |= {name: forms[past] for name, forms in TENSES.items()}
-            kinds = zip(("adjective", "mood", "verb"), feeling, strict=True)
-            slots |= {kind: rng.choice(words) for kind, words in kinds}
-            start = " that " if opening.endswith(" is") else " "
-            text += rng.choice([" and ", ", but ", " while "]) if clause else start
-            text += rng.choice(CLAUSES).format(**slots)
+            feeling = rng.choice([GOOD_WORDS, BAD_WORDS, NEUTRAL_WORDS])
+            words = {name: rng.choice(choices) for name, choices in (NOUNS | feeling).items()}
+            if clause > 0:
+                text += rng.choice([" and ", ", but ", " while "])
+            elif opening.endswith(" is"):
+                text += " that "
+            else:
+                text += " "
+            text += rng.choice(CLAUSES).format(**words, **tense)
         sentences.append(re.sub(r"\ba (?=[aeiou])", "an ", text) + ".")
     return sentences
 
 
+def read_lines(path, flag):
+    """The lines of a text file that are not blank, as UTF-8, without a byte order mark."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{flag} {path}: cannot be read ({one_line(error)})")
+    lines = [line.strip() for line in lines if line.strip()]
+    if not lines:
+        fail(f"{flag} {path} has no lines")
+    return lines
+
+
 def read_prompts(path):
-    """Prompts to train on and held-out ones, from the file, or else from the grammar."""
-    others = sorted(set(OPENINGS) - set(TUTORIAL))
+    """Prompts to train on and held-out prompts: lists of texts, from the file or the grammar."""
+    others = sorted(set(OPENINGS) - set(TUTORIAL_PROMPTS))
     random.Random(20).shuffle(others)
     if path is None:
-        return TUTORIAL + others[10:], others[:10]
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        stop(f"--prompts {path}: cannot be read ({one_line(error)}); name a text file")
-    lines = [line for line in lines if line]
-    if not lines:
-        stop(f"--prompts {path}: holds no prompt; write one a line")
-    held_out = lines[4::5]
-    return [line for i, line in enumerate(lines) if i % 5 != 4], held_out or others[:10]
+        return TUTORIAL_PROMPTS + others[10:], others[:10]
+    lines = read_lines(path, "--prompts")
+    test = lines[4::5] or others[:10]
+    train = [line for i, line in enumerate(lines) if i % 5 != 4]
+    return train, test
 
 
-POSITIVE = dict.fromkeys("good glad like".split(), 1)
-POSITIVE |= dict.fromkeys("great happy awesome fun super".split(), 2)
-POSITIVE |= dict.fromkeys("excellent wonderful amazing love incredible perfect".split(), 3)
-NEGATIVE = dict.fromkeys("bad lame sad".split(), 1)
-NEGATIVE |= dict.fromkeys("awful angry gross upset".split(), 2)
-NEGATIVE |= dict.fromkeys("terrible horrible hate".split(), 3)
+def read_lexicon(path):
+    """Word weights: those of the file, which has a word and a number on each line, or LEXICON."""
+    if path is None:
+        return LEXICON
+    lexicon = {}
+    for line in read_lines(path, "--lexicon"):
+        try:
+            word, weight = line.split()
+            lexicon[word.lower()] = float(weight)
+        except ValueError:
+            fail(f"--lexicon {path}: {line[:60]!r} is not a word and a number")
+    return lexicon
 
 
-def words(text):
-    """Words in lower case; punctuation hides none, and an apostrophe (don't) splits none."""
+def split_words(text):
+    """Words in lower case, without punctuation; an apostrophe (don't) does not split a word."""
     return re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.lower().replace("’", "'"))
 
 
-def sentiment_reward(prompts, responses):
-    """Five times the weights of the good words less those of the bad ones, at least 0.1.
+def sentiment_reward(response, lexicon):
+    """Sum of the weights of the response's words, at least 0.1."""
+    return max(0.1, sum(lexicon.get(word, 0) for word in split_words(response)))
 
-    Only the response counts: the words of a prompt are the same whatever the policy does.
+
+def plain_reward(response, lexicon):
+    """+1 for each good word and -1 for each bad word: negative for a response with more bad ones.
+
+    A negative reward pushes the policy away from what it wrote but says nothing about what to write
+    instead (appendix 2 of the tutorial).
     """
-    scores = []
-    for text in map(words, responses):
-        good = sum(POSITIVE.get(word, 0) for word in text)
-        scores.append(max(0.1, 5.0 * good - sum(NEGATIVE.get(word, 0) for word in text)))
-    return scores
+    weights = [lexicon.get(word, 0) for word in split_words(response)]
+    return float(sum(w > 0 for w in weights) - sum(w < 0 for w in weights))
 
 
-def positivity_reward(prompts, responses):
-    """Share of good words, less half the negated ones, times that of different words; 0 to 1."""
-    scores = []
-    for prompt, text in zip(prompts, map(words, responses), strict=True):
-        before = [*words(prompt)[-1:], *text] if words(prompt) else ["", *text]
-        good = {"good", "great", "excellent", "wonderful", "amazing"}
-        negations = {"not", "never", "don't", "no"}
-        pairs = zip(before, text, strict=False)  # each word behind the one before it
-        score = sum(-0.5 if last in negations else 1.0 for last, word in pairs if word in good)
-        length = max(len(text), 1)
-        scores.append(min(max(score / length * len(set(text)) / length, 0.0), 1.0))
-    return scores
+def positivity_reward(prompt, response):
+    """Share of good words (-0.5 for a negated one) times the share of distinct words; 0 to 1."""
+    good_words = ["good", "great", "excellent", "wonderful", "amazing"]
+    negations = ["not", "never", "don't", "no"]
+    words = split_words(response)
+    previous = split_words(prompt)[-1:]  # a negation can end the prompt
+    score = 0.0
+    for word in words:
+        if word in good_words:
+            score += -0.5 if previous and previous[-1] in negations else 1.0
+        previous = [word]
+    length = max(len(words), 1)
+    return min(max(score / length * len(set(words)) / length, 0.0), 1.0)
 
 
-def composite_reward(prompts, responses):
-    """0.2 length + 0.5 relevance + 0.3 formatting: 50 words, the prompt's, in paragraphs."""
+def composite_reward(prompt, response):
+    """0.2 · length (50 to 500 words) + 0.5 · relevance (words of the prompt) + 0.3 · formatting."""
+    count = len(response.split())
+    length = min(1.0, count / 50)
+    if count > 500:
+        length = max(0.0, 1 - (count - 500) / 500)
+    prompt_words = set(split_words(prompt))
+    relevance = len(prompt_words & set(split_words(response))) / max(len(prompt_words), 1)
+    patterns = ["\n\n", r"[.!?]\s+[A-Z]", r"\A ?[A-Z]"]  # paragraphs, sentences, a capital
+    formatting = sum(1 for pattern in patterns if re.search(pattern, response)) / 3
+    return 0.2 * length + 0.5 * relevance + 0.3 * formatting
+
+
+def score_texts(prompts, responses, kind, lexicon):
+    """Rewards of the responses (texts), one number each."""
     scores = []
     for prompt, response in zip(prompts, responses, strict=True):
-        count, wanted = len(response.split()), set(words(prompt))
-        length = min(1.0, count / 50) if count <= 500 else max(0.0, 1 - (count - 500) / 500)
-        relevance = len(wanted & set(words(response))) / max(len(wanted), 1)
-        marks = "\n\n", r"[.!?]\s+[A-Z]", r"\A ?[A-Z]"
-        formatting = sum(bool(re.search(mark, response)) for mark in marks) / 3
-        scores.append(0.2 * length + 0.5 * relevance + 0.3 * formatting)
+        if kind == "sentiment":
+            score = sentiment_reward(response, lexicon)
+        elif kind == "plain":
+            score = plain_reward(response, lexicon)
+        elif kind == "positivity":
+            score = positivity_reward(prompt, response)
+        else:
+            score = composite_reward(prompt, response)
+        scores.append(score)
     return scores
 
 
-REWARDS = {
-    "sentiment": sentiment_reward,
-    "positivity": positivity_reward,
-    "composite": composite_reward,
-}
+def to_scores(rewards, count, device):
+    """Rewards as float32 scores (B,). They must be one finite number per response."""
+    try:
+        scores = torch.as_tensor(rewards, dtype=torch.float32, device=device).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        fail(f"the reward is a {type(rewards).__name__}, not {count} numbers ({one_line(error)})")
+    if scores.shape != (count,):
+        fail(f"the reward has shape {tuple(scores.shape)} for {count} responses")
+    if not scores.isfinite().all():
+        fail(f"a reward is {scores[~scores.isfinite()][0]:.0f}; every reward must be finite")
+    return scores
 
 
-# ------------------------------------------------------------------ The policy: GPT-2
+# ---------------------------------------------------------------------------- Model
+PAD = -1  # stands to the left of the shorter prompts of a batch; not a token of the vocabulary
+
+
 @dataclass
 class Config:
+    """Sizes of a GPT-2, named as in Hugging Face's config.json."""
+
     vocab_size: int
     n_positions: int = 64
     n_embd: int = 64
@@ -279,35 +449,24 @@ class Config:
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, with room for size tokens in all."""
+    """Keys and values of all tokens read so far, so that sampling reads each token only once."""
 
     def __init__(self, size):
-        self.size, self.length, self.layers = size, 0, {}
+        self.size = size  # room for this many tokens
+        self.length = 0
+        self.layers = {}
+        self.mask = None  # (B, length), false at padding
 
     def append(self, layer, k, v):
-        """Store those of the new tokens, (B, H, T, D/H), and return those of all."""
+        """Store the new tokens' keys and values, (B, H, T, D/H). Returns those of all tokens."""
         if layer not in self.layers:
-            self.layers[layer] = k.new_empty(2, *k.shape[:2], self.size, k.shape[3])
-        end = self.length + k.shape[2]
+            B, H, _, size = k.shape
+            self.layers[layer] = k.new_empty(2, B, H, self.size, size)
         keys, values = self.layers[layer]
-        keys[:, :, self.length : end], values[:, :, self.length : end] = k, v
+        end = self.length + k.shape[2]
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
         return keys[:, :, :end], values[:, :, :end]
-
-
-def linear(x, weight, bias=None):
-    """F.linear. On a CPU a few rows, as in generation, go through large weights in two thirds of
-    the time if the product is turned round and made in pieces that fit a cache."""
-    rows = x.flatten(0, -2)
-    if x.is_cuda or len(rows) > 128:
-        return F.linear(x, weight, bias)
-    y = torch.cat([piece @ rows.t() for piece in weight.split(1024)])  # (outputs, rows)
-    y = y.t().contiguous().view(*x.shape[:-1], -1)
-    return y if bias is None else y + bias
-
-
-class Linear(nn.Linear):
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
 
 
 class GPT2Block(nn.Module):
@@ -315,342 +474,296 @@ class GPT2Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        width, self.heads = config.n_embd, config.n_head
+        width = config.n_embd
+        self.heads = config.n_head
         self.ln_1 = nn.LayerNorm(width, config.layer_norm_epsilon)
-        c_attn, c_proj = Linear(width, 3 * width), Linear(width, width)
-        self.attn = nn.ModuleDict({"c_attn": c_attn, "c_proj": c_proj})
+        self.attn = nn.ModuleDict()
+        self.attn["c_attn"] = nn.Linear(width, 3 * width)
+        self.attn["c_proj"] = nn.Linear(width, width)
         self.ln_2 = nn.LayerNorm(width, config.layer_norm_epsilon)
-        c_fc, c_proj = Linear(width, 4 * width), Linear(4 * width, width)
-        self.mlp = nn.ModuleDict({"c_fc": c_fc, "c_proj": c_proj})
+        self.mlp = nn.ModuleDict()
+        self.mlp["c_fc"] = nn.Linear(width, 4 * width)
+        self.mlp["c_proj"] = nn.Linear(4 * width, width)
 
-    def forward(self, x, keep, cache, layer):
-        qkv = self.attn.c_attn(self.ln_1(x)).unflatten(2, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D/H)
+    def forward(self, x, visible, cache, layer):
+        """visible: (B, 1, T, S), which of the S tokens each of the T new tokens attends to."""
+        B, T, D = x.shape
+        qkv = self.attn.c_attn(self.ln_1(x)).view(B, T, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D/H)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
-        x = x + self.attn.c_proj(mixed.transpose(1, 2).flatten(2))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        x = x + self.attn.c_proj(y.transpose(1, 2).reshape(B, T, D))
         return x + self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate="tanh"))
 
 
 class GPT2(nn.Module):
-    """Tokens (B, T) to hidden states (B, T, D); head turns these into logits.
+    """Tokens (B, T) to hidden states (B, T, D); head maps these to logits.
 
-    Parameters are named as in Hugging Face's files. No dropout: with it the policy that samples
-    would not be the one that is scored.
+    Parameters are named as in Hugging Face's files. There is no dropout: with it, the policy that
+    samples would differ from the policy whose log-probabilities are computed.
     """
 
     def __init__(self, config):
         super().__init__()
-        self.config, width = config, config.n_embd
-        self.wte = nn.Embedding(config.vocab_size, width)
-        self.wpe = nn.Embedding(config.n_positions, width)
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList([GPT2Block(config) for _ in range(config.n_layer)])
-        self.ln_f = nn.LayerNorm(width, config.layer_norm_epsilon)
+        self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
 
-    def forward(self, tokens, mask=None, cache=None):
-        """mask: (B, S) over cached and new tokens, false on left padding. Appends to the cache."""
-        past = 0 if cache is None else cache.length
-        if mask is None:
-            mask = tokens.new_ones(len(tokens), past + tokens.shape[1], dtype=torch.bool)
-        position = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]  # from the first real token
-        x = self.wte(tokens) + self.wpe(position)
-        seen = torch.ones(tokens.shape[1], mask.shape[1], dtype=torch.bool, device=x.device)
-        # Padding sees only itself: a softmax over nothing would be NaN.
-        itself = seen.triu(past) & seen.tril(past)
-        keep = ((seen.tril(past) & mask[:, None]) | itself)[:, None]  # (B, 1, T, S)
-        for layer, block in enumerate(self.h):
-            x = block(x, keep, cache, layer)
+    def forward(self, tokens, cache=None):
+        """Padding may stand on either side. With a cache, tokens follow those read before."""
+        mask = tokens != PAD
+        past = 0
         if cache is not None:
-            cache.length += tokens.shape[1]
+            past = cache.length
+            if past > 0:
+                mask = torch.cat([cache.mask, mask], 1)
+            cache.mask = mask
+        S = mask.shape[1]
+        position = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]  # counted from the first real token
+        x = self.wte(tokens.clamp(min=0)) + self.wpe(position)
+
+        keys = torch.arange(S, device=tokens.device)
+        queries = torch.arange(past, S, device=tokens.device)[:, None]
+        visible = (keys <= queries) & mask[:, None]  # (B, T, S)
+        visible = visible | (keys == queries)  # padding sees itself: softmax over nothing is NaN
+        for layer, block in enumerate(self.h):
+            x = block(x, visible[:, None], cache, layer)
+        if cache is not None:
+            cache.length = S
         return self.ln_f(x)
 
     def head(self, states):
-        return linear(states, self.wte.weight)
+        return F.linear(states, self.wte.weight)
 
 
-# ------------------------------------------------------------------ Making, loading, saving it
+class Critic(nn.Module):
+    """Values (B, R): a linear head on the policy's hidden states, or on those of its own GPT-2."""
+
+    def __init__(self, policy, separate):
+        super().__init__()
+        self.gpt = copy.deepcopy(policy) if separate else None
+        self.value = nn.Linear(policy.config.n_embd, 1)
+        nn.init.zeros_(self.value.weight)  # at first every value is 0
+        nn.init.zeros_(self.value.bias)
+
+    def forward(self, states, prompts, responses):
+        if self.gpt is not None:
+            states = response_states(self.gpt, prompts, responses)
+        return self.value(states).squeeze(2).float()
+
+
+class TextRewardModel(nn.Module):
+    """Prompts and responses (texts) to scores (B,), by a GPT-2 with a scalar head.
+
+    As GPT2ForSequenceClassification, it scores at the last token of the text: the response's last
+    token before EOS. The text is read with the reward model's own tokenizer.
+    """
+
+    def __init__(self, gpt, tokenizer):
+        super().__init__()
+        self.gpt = gpt
+        self.tokenizer = tokenizer
+        self.score = nn.Linear(gpt.config.n_embd, 1, bias=False)
+
+    def forward(self, prompts, responses):
+        rows = []
+        for prompt, response in zip(prompts, responses, strict=True):
+            tokens = self.tokenizer.encode(prompt + response, add_special_tokens=False).ids
+            rows.append(tokens[-self.gpt.config.n_positions :] or [self.gpt.config.eos_token_id])
+        tokens = pad_left(rows).to(self.score.weight.device)
+        return self.score(self.gpt(tokens)[:, -1]).squeeze(1)  # left padding: all end at the end
+
+
+def train_tokenizer(sentences, vocab_size):
+    """A byte-level BPE like GPT-2's: every text has tokens, and frequent words have one."""
+    tokenizer = byte_level_tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sentences, trainer)
+    return tokenizer
+
+
 def byte_level_tokenizer(bpe):
-    """As GPT-2's: every text has tokens, frequent words have one."""
     tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
-def train_tokenizer(sentences, vocab_size):
-    """A tokenizer whose vocabulary is EOS, the 256 bytes and what the sentences hold most often."""
-    tokenizer = byte_level_tokenizer(models.BPE())
-    known = {"special_tokens": [EOS_TEXT], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **known)
-    tokenizer.train_from_iterator(sentences, trainer)
-    return tokenizer
-
-
 def embedded_gpt2(sentences):
     """A small GPT-2 with random weights, and a tokenizer trained on the sentences."""
-    tokenizer = train_tokenizer(sentences, 640)  # more than it finds: every word becomes a token
+    tokenizer = train_tokenizer(sentences, 640)  # enough for every word of the grammar
     policy = GPT2(Config(vocab_size=tokenizer.get_vocab_size()))
     for name, parameter in policy.named_parameters():
-        if parameter.dim() == 2:  # as Radford et al. 2019: smaller where the layers' outputs add up
-            scale = (2 * policy.config.n_layer) ** -0.5 if "c_proj" in name else 1.0
-            nn.init.normal_(parameter, std=0.02 * scale)
+        std = 0.02
+        if "c_proj" in name:  # smaller where the layers' outputs add up (Radford et al. 2019)
+            std = 0.02 / math.sqrt(2 * policy.config.n_layer)
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=std)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
     return policy, tokenizer
 
 
 def pretrain_gpt2(policy, tokenizer, sentences, steps):
-    """Fit the policy, in place, to the sentences by maximum likelihood."""
-    eos, device = policy.config.eos_token_id, policy.wte.weight.device
-    ids = [[eos, *encoding.ids, eos] for encoding in tokenizer.encode_batch(sentences)]
-    width = max(map(len, ids))
-    tokens = torch.tensor([row + [-100] * (width - len(row)) for row in ids], device=device)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, betas=(0.9, 0.99), fused=True)
-    for step in range(1, steps + 1):
-        optimizer.param_groups[0]["lr"] = 4e-3 * min(1 - (step - 1) / steps, 20 * step / steps)
+    """Maximise the likelihood of the sentences, each between BOS and EOS, which are one token."""
+    eos = policy.config.eos_token_id
+    device = policy.wte.weight.device
+    rows = [[eos, *encoding.ids, eos] for encoding in tokenizer.encode_batch(sentences)]
+    tokens = pad_left(rows).to(device)
+    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.99), fused=True)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 4e-3 * min(1 - step / steps, 20 * (step + 1) / steps)
         batch = tokens[torch.randint(len(tokens), (64,)).to(device)]
-        logits = policy.head(policy(batch[:, :-1].clamp(min=0)))
-        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())  # ignores -100
+        logits = policy.head(policy(batch[:, :-1]))
+        targets = batch[:, 1:].masked_fill(batch[:, :-1] == PAD, PAD)  # nothing predicts BOS
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=PAD)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
 
 
-OTHERWISE = "give the directory of a GPT-2, or --model embedded"
+# ---------------------------------------------------------------------------- Sampling
+# Shapes: B responses, P prompt tokens, R response tokens, D hidden size, V vocabulary size.
+def pad_left(rows):
+    """Lists of tokens to a tensor (N, P), with PAD to the left of the shorter ones."""
+    width = max(len(row) for row in rows)
+    return torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
 
 
-def one_line(error):
-    """What an exception says, on one line."""
-    return textwrap.shorten(str(error) or type(error).__name__, 200)
-
-
-def model_folder(name):
-    """The directory of that name, or the one in the cache to which the hub's files are fetched."""
-    if os.path.isdir(name):
-        return Path(name)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        stop(f"--model {name}: is no directory; {OTHERWISE}")
-    from huggingface_hub import errors, logging, snapshot_download
-
-    logging.set_verbosity_error()  # what goes wrong is said below, in one line
-    files = ["config.json", "tokenizer.json", "vocab.json", "merges.txt", "model.safetensors"]
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=files))
-        if not (folder / files[-1]).is_file():
-            snapshot_download(name, allow_patterns="pytorch_model.bin")
-        return folder
-    except errors.LocalEntryNotFoundError:
-        stop(f"--model {name}: is not in the cache, and the hub does not answer; {OTHERWISE}")
-    except errors.GatedRepoError:
-        stop(f"--model {name}: needs a login that may read it, hf auth login; {OTHERWISE}")
-    except errors.RepositoryNotFoundError:
-        stop(f"--model {name}: the hub has no such model; {OTHERWISE}")
-    except Exception as error:  # from the network, the hub, the disk
-        stop(f"--model {name}: cannot be fetched ({one_line(error)}); {OTHERWISE}")
-
-
-def read_config(raw):
-    """The Config in config.json's dictionary; ValueError if this GPT-2 is not ours."""
-    # What config.json leaves out is as in the first GPT-2.
-    config = Config(50257, 1024, 768, 12, 12, 1e-5, 50256, 50256)
-    for field in fields(Config):
-        value = raw.get(field.name, getattr(config, field.name))
-        if type(value) not in (int, field.type) or value < 0:
-            raise ValueError(f"{field.name} is {value!r}, not {field.type.__name__}")
-        setattr(config, field.name, value)
-    known = {"model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"]}
-    known |= {"n_inner": [None, 4 * config.n_embd], "tie_word_embeddings": [True]}
-    known |= {"scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False]}
-    known |= {"add_cross_attention": [False]}
-    for key, values in known.items():
-        value = raw.get(key, None if key == "model_type" else values[0])
-        if value not in values:
-            raise ValueError(f"{key} is {value!r}, and only {values[-1]!r} is known here")
-    if min(config.n_layer, config.n_head, config.n_embd, config.n_positions) < 1:
-        raise ValueError("a size is 0")
-    if config.n_embd % config.n_head:
-        raise ValueError(f"n_embd {config.n_embd} is no multiple of n_head {config.n_head}")
-    if max(config.bos_token_id, config.eos_token_id) >= config.vocab_size:
-        raise ValueError("bos_token_id or eos_token_id is not in the vocabulary")
-    return config
-
-
-def read_weights(path):
-    """The tensors in a file, by name; pickled ones without running what the pickle says."""
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def turn(weights):
-    """Weights of linear layers turned round: (out, in) here, (in, out) in Hugging Face's files."""
-    linear = re.compile(r"\.c_\w+\.weight$")
-    return {k: (x.t() if linear.search(k) else x).contiguous() for k, x in weights.items()}
-
-
-def convert_weights(weights):
-    """Hugging Face's tensors as this policy's, in float32; the policy checks names and shapes."""
-    weights = {name.removeprefix("transformer."): x.float() for name, x in weights.items()}
-    head = weights.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, weights.get("wte.weight", head)):
-        raise ValueError("lm_head.weight differs from wte.weight: not a tied output layer")
-    masks = ".attn.bias", ".attn.masked_bias"  # the causal ones, which old files hold too
-    return turn({name: x for name, x in weights.items() if not name.endswith(masks)})
-
-
-def read_tokenizer(path, merges):
-    """The tokenizer in tokenizer.json, or in vocab.json and merges.txt."""
-    if not merges:
-        return Tokenizer.from_file(str(path))
-    tokenizer = byte_level_tokenizer(models.BPE.from_file(str(path), str(merges)))
-    tokenizer.add_special_tokens([EOS_TEXT])
-    return tokenizer
-
-
-def load_gpt2(name):
-    """Policy and tokenizer in a directory, or of that name on the hub, which keeps a copy here."""
-    folder = model_folder(name)
-
-    def find(*files):
-        path = next((folder / file for file in files if (folder / file).is_file()), None)
-        return path or stop(f"--model {name}: has no {' or '.join(files)}; {OTHERWISE}")
-
-    try:
-        path = find("config.json")
-        with torch.device("meta"):
-            policy = GPT2(read_config(json.loads(path.read_text(encoding="utf-8"))))
-        path = find("model.safetensors", "pytorch_model.bin")
-        policy.load_state_dict(convert_weights(read_weights(path)), assign=True)
-        path = find("tokenizer.json", "vocab.json")
-        tokenizer = read_tokenizer(path, path.name == "vocab.json" and find("merges.txt"))
-    except Exception as error:  # parsers of broken files raise all sorts
-        stop(f"--model {name}: {path.name} is of no use ({one_line(error)}); {OTHERWISE}")
-    size, rows = tokenizer.get_vocab_size(), policy.config.vocab_size
-    if size > rows or (size < rows and (rows % 64 or rows - size >= 128)):  # 64: padded for speed
-        why = f"the tokenizer has {size} tokens, the weights have {rows}"
-        stop(f"--model {name}: {why}; take both from one model, or --model embedded")
-    return policy, tokenizer
-
-
-def save_gpt2(policy, tokenizer, directory):
-    """Write a directory that transformers opens, whole or not at all."""
-    from safetensors.torch import save_file
-
-    directory, config = Path(directory), policy.config
-    part = directory.with_name(f"{directory.name}.{os.getpid()}.part")  # nobody else's
-    described = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"} | asdict(config)
-    described |= {"n_inner": None, "activation_function": "gelu_new", "tie_word_embeddings": True}
-    described |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
-    bos, eos = map(tokenizer.id_to_token, (config.bos_token_id, config.eos_token_id))
-    ours = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.n_positions}
-    ours |= {"bos_token": bos, "eos_token": eos, "pad_token": eos}
-    weights = {f"transformer.{name}": x for name, x in turn(policy.state_dict()).items()}
-    try:
-        part.mkdir()
-        (part / "config.json").write_text(json.dumps(described, indent=2))
-        (part / "tokenizer_config.json").write_text(json.dumps(ours, indent=2))
-        tokenizer.save(str(part / "tokenizer.json"))
-        save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
-        os.replace(part, directory)
-    except Exception as error:  # a full disk, a folder that is in the way
-        shutil.rmtree(part, ignore_errors=True)
-        stop(f"--save-dir {directory}: cannot be written ({one_line(error)}); name another")
-
-
-# ------------------------------------------------------------------ Rollout
 def encode_prompts(tokenizer, texts, bos):
-    """Tokens (N, P), padded on the left, and the mask (N, P) of real ones, of which bos is one."""
-    ids = [[bos, *tokenizer.encode(text, add_special_tokens=False).ids] for text in texts]
-    width = max(map(len, ids))
-    tokens = torch.tensor([[bos] * (width - len(row)) + row for row in ids])
-    lengths = torch.tensor([len(row) for row in ids])
-    return tokens, torch.arange(width) >= width - lengths[:, None]
+    """Texts to tokens (N, P), each behind the token that begins a text."""
+    encodings = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    return pad_left([[bos, *encoding.ids] for encoding in encodings])
 
 
-def decode_responses(tokenizer, prompts, prompt_mask, responses, eos):
-    """Texts of prompts and of what follows each, as read in one piece: (list, list)."""
-    heads, wholes = [], []
-    rows = zip(prompts.tolist(), prompt_mask.tolist(), responses.tolist(), strict=True)
-    for prompt, real, response in rows:
-        prompt = prompt[real.index(True) + 1 :]  # without padding and bos
-        heads.append(prompt)
-        wholes.append(prompt + response[: [*response, eos].index(eos)])
-    heads, wholes = tokenizer.decode_batch(heads), tokenizer.decode_batch(wholes)
-    return heads, [text[len(head) :] for head, text in zip(heads, wholes, strict=True)]
+def decode_texts(tokenizer, prompts, responses, eos):
+    """Tokens to the texts of the prompts and of the responses, up to EOS: two lists.
 
-
-def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """Logits (..., V) of the distribution that is drawn from: tempered, and only of the likeliest.
-
-    top_k keeps k tokens, then top_p the fewest whose probabilities reach p. The others get the
-    lowest number there is, whose probability is 0, and not -inf: 0 · -inf in an entropy is NaN.
+    Each response is decoded behind its prompt, since a character can begin in one and end in the
+    other.
     """
-    logits = logits / temperature
-    lowest = torch.finfo(logits.dtype).min
-    if 0 < top_k < logits.shape[-1]:
-        values, tokens = logits.topk(top_k)
-        logits = torch.full_like(logits, lowest).scatter(-1, tokens, values)
+    prompt_rows = []
+    whole_rows = []
+    for prompt, response in zip(prompts.tolist(), responses.tolist(), strict=True):
+        prompt = [token for token in prompt if token != PAD][1:]  # without BOS
+        if eos in response:
+            response = response[: response.index(eos)]
+        prompt_rows.append(prompt)
+        whole_rows.append(prompt + response)
+    prompt_texts = tokenizer.decode_batch(prompt_rows)
+    whole_texts = tokenizer.decode_batch(whole_rows)
+    pairs = zip(prompt_texts, whole_texts, strict=True)
+    return prompt_texts, [whole[len(prompt) :] for prompt, whole in pairs]
+
+
+def likely_tokens(logits, top_k, top_p):
+    """The tokens that may be sampled, (B, V), true or false.
+
+    They are the top_k likeliest, and of these the fewest whose probabilities reach top_p.
+    """
+    values, tokens = logits.sort(descending=True, stable=True)
+    allowed = torch.ones_like(values, dtype=torch.bool)
+    if top_k > 0:
+        allowed[:, top_k:] = False
     if top_p < 1:
-        values, tokens = logits.sort(descending=True, stable=True)
-        probs = values.softmax(-1)
-        enough = probs.cumsum(-1) - probs >= top_p  # what comes before reaches p already
-        logits = logits.scatter(-1, tokens, values.masked_fill(enough, lowest))
-    return logits
+        probs = values.masked_fill(~allowed, -math.inf).softmax(1)
+        likelier = probs.cumsum(1) - probs  # total probability of the tokens before this one
+        allowed = allowed & (likelier < top_p)
+    return torch.zeros_like(allowed).scatter(1, tokens, allowed)
+
+
+def restrict(logits, allowed):
+    """Logits with the tokens that are not allowed at probability 0. None allows all.
+
+    Their logit is the lowest number rather than -inf, since 0 · -inf in an entropy would be NaN.
+    """
+    if allowed is None:
+        return logits
+    return logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
 
 
 @torch.no_grad()
-def sample_responses(policy, prompts, prompt_mask, noise, temperature=1.0, top_k=0, top_p=1.0):
-    """Responses (B, R) and the sets (B, R, V) they were drawn from, None if those hold all tokens.
+def generate_texts(policy, prompts, noise, temperature, top_k, top_p):
+    """Sample responses (B, R). Each ends at its first EOS and is padded with EOS.
 
-    noise (B, R), uniform on [0, 1), picks each token by the inverse of the distribution function:
-    so a response depends neither on the other rows nor on how many processes share them.
+    noise (B, R), uniform on [0, 1), selects each token by the inverse of the cumulative
+    distribution. So a response depends neither on the other rows nor on how many processes there
+    are. Also returns the tokens that were allowed at each step (B, R, V), or None for all.
     """
-    eos, size = policy.config.eos_token_id, prompts.shape[1] + noise.shape[1] - 1
-    cache, mask = KVCache(size), F.pad(prompt_mask, (0, noise.shape[1] - 1), value=True)
-    tokens, ended = prompts, torch.zeros_like(prompts[:, :1], dtype=torch.bool)
-    responses, allowed = [], []
-    for u in noise.split(1, 1):
-        states = policy(tokens, mask[:, : cache.length + tokens.shape[1]], cache)
-        logits = filter_logits(policy.head(states[:, -1]).float(), temperature, top_k, top_p)
-        total = logits.softmax(1).cumsum(1, dtype=torch.float64)  # (B, V)
-        tokens = torch.searchsorted(total, u * total[:, -1:], right=True)  # (B, 1)
-        tokens = tokens.clamp(max=logits.shape[1] - 1)  # the last, too, where all is NaN
-        tokens = torch.where(ended, eos, tokens)  # EOS ends a response; as padding it fills it up
+    eos = policy.config.eos_token_id
+    cache = KVCache(prompts.shape[1] + noise.shape[1])
+    tokens = prompts
+    ended = torch.zeros(len(prompts), 1, dtype=torch.bool, device=prompts.device)
+    responses = []
+    allowed = []
+    for t in range(noise.shape[1]):
+        logits = policy.head(policy(tokens, cache)[:, -1] / temperature).float()  # (B, V)
+        if top_k > 0 or top_p < 1:
+            likely = likely_tokens(logits, top_k, top_p)
+            logits = restrict(logits, likely)
+        cumulative = logits.softmax(1).cumsum(1, dtype=torch.float64)
+        cumulative = cumulative / cumulative[:, -1:]
+        tokens = torch.searchsorted(
+            cumulative, noise[:, t : t + 1].contiguous(), right=True
+        )  # (B, 1)
+        tokens = tokens.clamp(max=logits.shape[1] - 1)  # if the logits are NaN
+        tokens = torch.where(ended, eos, tokens)
         ended = ended | (tokens == eos)
         responses.append(tokens)
         if top_k > 0 or top_p < 1:
-            allowed.append((logits > torch.finfo(logits.dtype).min).scatter(1, tokens, True))
+            allowed.append(likely.scatter(1, tokens, True))  # after the end, EOS is allowed
     return torch.cat(responses, 1), torch.stack(allowed, 1) if allowed else None
 
 
-def real_mask(responses, eos):
-    """True up to and including the first EOS: stopping is learned too, padding is not. (B, R)"""
-    return ((responses == eos).cumsum(1) - (responses == eos).long()) == 0
+def mask_to_eos(responses, eos):
+    """True up to and including the first EOS: stopping is learned, padding is ignored. (B, R)"""
+    is_eos = (responses == eos).long()
+    return is_eos.cumsum(1) - is_eos == 0
 
 
-def continuation_states(model, prompts, prompt_mask, responses):
-    """Hidden states (B, R, D) that choose the response tokens: those at positions P-1 to T-2."""
-    mask = F.pad(prompt_mask, (0, responses.shape[1] - 1), value=True)
-    return model(torch.cat([prompts, responses[:, :-1]], 1), mask)[:, prompts.shape[1] - 1 :]
+def response_states(gpt, prompts, responses):
+    """Hidden states from which each response token is predicted (the ones before it). (B, R, D)"""
+    tokens = torch.cat([prompts, responses[:, :-1]], 1)
+    return gpt(tokens)[:, prompts.shape[1] - 1 :]
 
 
-def response_logits(policy, states, temperature, allowed):
-    """Logits (B, R, V) of the distribution that responses are drawn from.
+def autocast(args):
+    return torch.autocast(args.device, torch.bfloat16, enabled=args.bf16)
 
-    With --top-k or --top-p, allowed (B, R, V) are the sets that the rollout drew from, and the new
-    policy and the reference are renormalised over them too. By its own set, a later policy (or the
-    reference) could give a drawn token probability 0: an infinite log-ratio (or KL). And the choice
-    that is improved is the one that was made, among these tokens. The KL is then that of these
-    choices, and no gradient flows through which tokens are in a set.
+
+def response_logits(policy, prompts, responses, allowed, args):
+    """Hidden states (B, R, D), and logits (B, R, V) of the distribution that was sampled from.
+
+    With --top-k or --top-p, the new policy and the reference are renormalised over the tokens that
+    were allowed in the rollout (the "keep sampling mask" of DeepSeek-V3.2, arXiv:2512.02556). Over
+    sets of their own, they could give a sampled token probability 0 and the ratio or KL would be
+    infinite. The KL is then one between these restricted distributions.
     """
-    logits = policy.head(states / temperature).float()  # fewer numbers to divide than the logits
-    if allowed is not None:
-        logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
-    return logits
+    with autocast(args):
+        states = response_states(policy, prompts, responses)
+        logits = policy.head(states / args.temperature).float()
+    return states, restrict(logits, allowed)
+
+
+def token_logprobs(logits, responses):
+    """Log-probabilities of the response tokens. logits: (B, R, V); returns (B, R)."""
+    losses = F.cross_entropy(logits.flatten(0, 1), responses.flatten(), reduction="none")
+    return -losses.view_as(responses)
+
+
+def token_kl(logits, ref_logits):
+    """KL(policy ‖ reference) at each token, in nats, summed over the vocabulary. (B, R)"""
+    logprobs = logits.log_softmax(2)
+    return (logprobs.exp() * (logprobs - ref_logits.log_softmax(2))).sum(2)
 
 
 def masked_sum(x, mask):
@@ -670,22 +783,127 @@ def whiten(x, mask):
     return torch.where(mask, (x - mean) / (std + 1e-8), 0.0)
 
 
-def scale_rewards(rewards, mask):
-    """Divide rewards (B, R) by their standard deviation on real tokens; 0 after EOS."""
-    std = masked_mean((rewards - masked_mean(rewards, mask)) ** 2, mask).sqrt()
-    return torch.where(mask, rewards / (std + 1e-8), 0.0)
+def distinct_2(texts):
+    """Distinct pairs of neighbouring words per pair: low if the texts are alike."""
+    pairs = [pair for text in texts for pair in pairwise(split_words(text))]
+    return len(set(pairs)) / max(len(pairs), 1)
 
 
-# ------------------------------------------------------------------ PPO
-def kl_estimate(logprobs, ref_logprobs, kind):
-    """KL(policy ‖ reference) in nats at each token (B, R), from the sampled ones (joschu.net/blog).
+def repetition(texts):
+    """Share of the words that occurred earlier in their text: near 1 for "great great great"."""
+    rows = [split_words(text) for text in texts]
+    repeated = sum(len(words) - len(set(words)) for words in rows)
+    return repeated / max(sum(len(words) for words in rows), 1)
 
-    In value k1 and k3 are unbiased. In a loss the gradient counts, which is, for a token with its
-    prefix fixed: E[∇k1] = 0, E[∇k2] = ∇KL(π ‖ π_ref), E[∇k3] = ∇KL(π_ref ‖ π), the other direction.
-    No loss sees that a token decides which prefixes come next; k1 in the reward does, and is right.
+
+# Several processes (torchrun) draw the same random numbers. Each samples and trains on its share of
+# the rows. What they sample is gathered, and gradients are summed, so all hold the same tensors.
+def rank_and_processes():
+    """The number of this process and how many there are."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0)) if processes > 1 else 0
+    return rank, processes
+
+
+def share(rows):
+    """The rows that this process works on."""
+    rank, processes = rank_and_processes()
+    return rows.chunk(processes)[rank]
+
+
+def gather(tensor):
+    """The rows of all processes, in order."""
+    _, processes = rank_and_processes()
+    if processes == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(processes)]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+def sum_over_processes(tensors):
+    _, processes = rank_and_processes()
+    if processes > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+@torch.no_grad()
+def sample_rollout(policy, critic, reference, prompts, noise, args):
+    """Sample responses and compute log-probabilities and values, micro_batch_size at a time.
+
+    Returns responses, old_logprobs, ref_logprobs and old_values, all (B, R), and the tokens that
+    were allowed (B, R, V), or None for all.
     """
-    d = logprobs - ref_logprobs
-    return {"k1": d, "k2": d**2 / 2, "k3": torch.exp(-d) - 1 + d}[kind]
+    size = args.micro_batch_size or len(prompts)
+    chunks = []
+    for x, u in zip(share(prompts).split(size), share(noise).split(size), strict=True):
+        with autocast(args):
+            y, allowed = generate_texts(policy, x, u, args.temperature, args.top_k, args.top_p)
+        states, logits = response_logits(policy, x, y, allowed, args)
+        _, ref_logits = response_logits(reference, x, y, allowed, args)
+        with autocast(args):
+            values = critic(states, x, y)
+        chunks.append([y, token_logprobs(logits, y), token_logprobs(ref_logits, y), values])
+        if allowed is not None:
+            chunks[-1].append(allowed)
+    tensors = [gather(torch.cat(parts)) for parts in zip(*chunks, strict=True)]
+    if len(tensors) == 4:
+        tensors.append(None)
+    return tensors
+
+
+@torch.no_grad()
+def evaluate_texts(policy, reference, prompts, tokenizer, reward_model, lexicon, args):
+    """Sample args.eval_samples responses, prompts in turn. Returns metrics, texts and scores.
+
+    KL is exact per token, in nats per response. Every call uses the same random numbers: responses
+    before and after training are paired.
+    """
+    eos = policy.config.eos_token_id
+    generator = torch.Generator().manual_seed(args.seed)
+    noise = torch.rand(
+        args.eval_samples, args.response_length, generator=generator, dtype=torch.float64
+    )
+    noise = noise.to(prompts.device)
+    prompts = prompts[torch.arange(args.eval_samples) % len(prompts)]
+    size = args.micro_batch_size or args.batch_size
+    responses = []
+    kl = []
+    for x, u in zip(share(prompts).split(size), share(noise).split(size), strict=True):
+        with autocast(args):
+            y, allowed = generate_texts(policy, x, u, args.temperature, args.top_k, args.top_p)
+        _, logits = response_logits(policy, x, y, allowed, args)
+        _, ref_logits = response_logits(reference, x, y, allowed, args)
+        responses.append(y)
+        kl.append(masked_sum(token_kl(logits, ref_logits), mask_to_eos(y, eos)))
+    responses = gather(torch.cat(responses))
+    kl = gather(torch.cat(kl))
+
+    prompt_texts, texts = decode_texts(tokenizer, prompts, responses, eos)
+    scores = score_texts(prompt_texts, texts, args.reward, lexicon)
+    scores = to_scores(scores, len(texts), prompts.device)
+    metrics = {
+        "reward": scores.mean().item(),
+        "reward_error": scores.std().item() / len(scores) ** 0.5,
+        "kl": kl.mean().item(),
+        "kl_error": kl.std().item() / len(kl) ** 0.5,
+        "length": mask_to_eos(responses, eos).sum(1).float().mean().item(),
+        "distinct_2": distinct_2(texts),
+        "repetition": repetition(texts),
+    }
+    if reward_model is not None:
+        learned = to_scores(reward_model(prompt_texts, texts), len(texts), prompts.device)
+        metrics["learned_reward"] = learned.mean().item()
+    return metrics, prompt_texts, texts, scores
+
+
+# ---------------------------------------------------------------------------- PPO
+def adapt_kl_coef(kl_coef, kl, kl_target, episodes, kl_horizon):
+    """Steer the KL per response to its target (Ziegler et al. 2019, section 2.2). Returns β."""
+    error = min(max(kl / kl_target - 1, -0.2), 0.2)
+    # A batch longer than the horizon counts as one horizon, otherwise β could turn negative.
+    return kl_coef * (1 + error * min(episodes / kl_horizon, 1.0))
 
 
 def token_rewards(scores, kl, mask, kl_coef):
@@ -693,6 +911,18 @@ def token_rewards(scores, kl, mask, kl_coef):
     last = mask.sum(1, keepdim=True) - 1  # EOS, or the final token of a truncated response
     rewards = (-kl_coef * kl).scatter_add(1, last, scores[:, None])
     return torch.where(mask, rewards, 0.0)
+
+
+def scale_rewards(rewards, mask):
+    """Divide rewards (B, R) by their standard deviation (over N) of the unmasked tokens.
+
+    Rewards and KL penalty keep their ratio, and the mean is divided too (TRL and verl put the old
+    mean back). The deviation is that of one rollout. It grows as training spreads the scores (from
+    2 to 9 in the default run), so returns shrink under the critic, which has to follow.
+    """
+    mean = masked_mean(rewards, mask)
+    std = masked_mean((rewards - mean) ** 2, mask).sqrt()
+    return torch.where(mask, rewards / (std + 1e-8), 0.0)
 
 
 def compute_gae(rewards, values, mask, gamma, gae_lambda):
@@ -741,365 +971,549 @@ def value_loss(values, old_values, returns, mask, value_clip):
     return 0.5 * masked_sum(torch.max(error**2, clipped_error**2), mask).mean()
 
 
-class AdaptiveKL:
-    """β that steers the KL a response towards a target (Ziegler et al. 2019, section 2.2)."""
-
-    def __init__(self, coef, target, horizon):
-        self.coef, self.target, self.horizon = coef, target, horizon
-
-    def update(self, kl, episodes):
-        if self.target is not None:
-            error = min(max(kl / self.target - 1, -0.2), 0.2)
-            # A batch longer than the horizon counts as one horizon, or β could turn negative.
-            self.coef *= 1 + error * min(episodes / self.horizon, 1.0)
+# ---------------------------------------------------------------------------- Files
+SUPPORTED = {  # what GPT2 implements. A key that config.json lacks has the first value.
+    "model_type": ["gpt2"],
+    "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
+    "tie_word_embeddings": [True],
+    "scale_attn_weights": [True],
+    "scale_attn_by_inverse_layer_idx": [False],
+    "add_cross_attention": [False],
+}
 
 
-# ------------------------------------------------------------------ Several processes
-def share(rows):
-    """The part of the rows that this process works on."""
-    return rows.chunk(dist.get_world_size())[dist.get_rank()] if dist.is_initialized() else rows
+def find_folder(name):
+    """The directory of that name, or the one to which the files are downloaded from the hub."""
+    if os.path.isdir(name):
+        return Path(name)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        fail(f"--model {name}: no such directory")
+    from huggingface_hub import logging, snapshot_download
+
+    logging.set_verbosity_error()  # what goes wrong is said below, in one line
+    files = ["config.json", "tokenizer.json", "vocab.json", "merges.txt", "model*.safetensors*"]
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=files))
+        if not list(folder.glob("model*.safetensors")):
+            snapshot_download(name, allow_patterns="pytorch_model.bin")
+    except Exception as error:  # of the network, the hub or the disk
+        fail(f"--model {name}: {one_line(error)}; use a directory or --model embedded")
+    return folder
 
 
-def gather(tensor):
-    """The rows of all processes, in order."""
-    if tensor is None or not dist.is_initialized():
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)
+def read_config(path):
+    """The Config in a config.json. ValueError if GPT2 cannot be that model."""
+    raw = json.loads(path.read_text(encoding="utf-8-sig"))
+    for key, values in SUPPORTED.items():
+        value = raw.get(key, values[0])
+        if value not in values or (key == "model_type" and key not in raw):
+            raise ValueError(f"{key} is {raw.get(key)!r}; supported: {values}")
+    # What config.json leaves out is as in the first GPT-2.
+    config = Config(50257, 1024, 768, 12, 12, 1e-5, 50256, 50256)
+    for field in fields(Config):
+        value = raw.get(field.name, getattr(config, field.name))
+        if type(value) not in (int, field.type) or value < 0:
+            raise ValueError(
+                f"{field.name} is {value!r}, not a {field.type.__name__} of at least 0"
+            )
+        setattr(config, field.name, value)
+    if min(config.n_layer, config.n_head, config.n_embd, config.n_positions) < 1:
+        raise ValueError("n_layer, n_head, n_embd and n_positions must be at least 1")
+    if config.n_embd % config.n_head != 0:
+        raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
+    if raw.get("n_inner") not in (None, 4 * config.n_embd):
+        raise ValueError(f"n_inner is {raw['n_inner']}; supported: 4 * n_embd")
+    if max(config.bos_token_id, config.eos_token_id) >= config.vocab_size:
+        raise ValueError("bos_token_id or eos_token_id is not in the vocabulary")
+    return config
 
 
-def add_up(tensors):
-    """Sum each tensor, in place, over the processes."""
-    for tensor in tensors if dist.is_initialized() else ():
-        dist.all_reduce(tensor)
+def read_weights(path):
+    """All tensors by name, from model.safetensors, its shards by their index, or a pickle."""
+    if path.name.endswith(".index.json"):
+        names = json.loads(path.read_text(encoding="utf-8-sig"))["weight_map"].values()
+        shards = [load_file(path.parent / name) for name in sorted(set(names))]
+        weights = {name: x for shard in shards for name, x in shard.items()}
+    elif path.suffix == ".safetensors":
+        weights = load_file(path)
+    else:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    for name, x in weights.items():
+        if not x.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+    return weights
 
 
-# ------------------------------------------------------------------ Evaluation
-def distinct_2(texts):
-    """Different pairs of neighbouring words over all such pairs: low where texts are alike."""
-    pairs = [pair for text in map(words, texts) for pair in pairwise(text)]
-    return len(set(pairs)) / max(len(pairs), 1)
+def transpose_linear(weights):
+    """Hugging Face stores the weights of linear layers as (in, out), nn.Linear as (out, in)."""
+    linear = re.compile(r"\.c_\w+\.weight$")
+    return {name: (x.t() if linear.search(name) else x) for name, x in weights.items()}
 
 
-def repetition(texts):
-    """Share of the words that their text had before: near 1 for "great great great"."""
-    split = [words(text) for text in texts]
-    repeats = sum(len(text) - len(set(text)) for text in split)
-    return repeats / max(sum(map(len, split)), 1)
+def rename_weights(weights):
+    """Hugging Face's tensors in this file's names and shapes, float32, without what is not used."""
+    weights = {name.removeprefix("transformer."): x.float() for name, x in weights.items()}
+    head = weights.pop("lm_head.weight", None)  # tied to wte: the same numbers
+    if head is not None and not torch.equal(weights.setdefault("wte.weight", head), head):
+        raise ValueError("lm_head.weight differs from wte.weight (untied heads)")
+    unused = (".attn.bias", ".attn.masked_bias")  # causal masks in old files
+    weights = {name: x for name, x in weights.items() if not name.endswith(unused)}
+    weights = {name: x for name, x in weights.items() if not name.startswith("v_head.")}  # of TRL
+    return {name: x.contiguous() for name, x in transpose_linear(weights).items()}
 
 
-def evaluate_texts(policy, reference, prompts, prompt_mask, tokenizer, args):
-    """Metrics, prompts, responses, scores; prompts in turn, with the same noise at each call."""
-    generator, rows = torch.Generator().manual_seed(args.seed), torch.arange(args.eval_samples)
-    noise = torch.rand(len(rows), args.response_length, generator=generator, dtype=torch.float64)
-    x, real = prompts[rows % len(prompts)], prompt_mask[rows % len(prompts)]
-    responses, _, logprobs, ref_logprobs, _, entropy = rollout(
-        policy, None, reference, x, real, noise, args
-    )
-    mask = real_mask(responses, policy.config.eos_token_id)
-    heads, texts = decode_responses(tokenizer, x, real, responses, policy.config.eos_token_id)
-    scores = torch.tensor(REWARDS[args.reward](heads, texts))
-    metrics = {"reward": scores.mean(), "reward_se": scores.std() / len(scores) ** 0.5}
-    metrics |= {"kl": masked_sum(logprobs - ref_logprobs, mask).mean()}
-    metrics |= {"entropy": masked_sum(entropy, mask).mean(), "length": mask.sum(1).float().mean()}
-    metrics = {name: value.item() for name, value in metrics.items()}
-    metrics |= {"distinct_2": distinct_2(texts), "repetition": repetition(texts)}
-    return metrics, heads, texts, scores.tolist()
+def read_tokenizer(path):
+    """The tokenizer in tokenizer.json, or in vocab.json and the merges.txt beside it."""
+    if path.name == "vocab.json":
+        merges = first_file(path.parent, ["merges.txt"])
+        bpe = models.BPE.from_file(str(path), str(merges))
+        tokenizer = byte_level_tokenizer(bpe)
+        tokenizer.add_special_tokens([EOS_TEXT])
+    else:
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
+    tokenizer.no_truncation()  # a tokenizer.json can hold both switched on
+    tokenizer.no_padding()
+    return tokenizer
 
 
-def describe(results, name, title):
-    """One line on what training did to the responses to one group of prompts."""
-    r = {key.removeprefix(name): value for key, value in results.items() if key.startswith(name)}
-    line = f"{title}: reward {r['reward_before']:.2f} ± {r['reward_se_before']:.2f} -> "
-    line += f"{r['reward']:.2f} ± {r['reward_se']:.2f}  win rate {r['win_rate']:.2f}  KL "
-    line += f"{r['kl']:.2f}  distinct-2 {r['distinct_2_before']:.3f} -> {r['distinct_2']:.3f}"
-    return f"{line}  repetition {r['repetition_before']:.3f} -> {r['repetition']:.3f}"
+def first_file(folder, names):
+    """The first of the files that is there."""
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(f"{' or '.join(names)} is missing")
 
 
-# ------------------------------------------------------------------ Training
-class Critic(nn.Module):
-    """Values (B, R), from the policy's hidden states or from those of a GPT-2 of its own."""
-
-    def __init__(self, policy, separate):
-        super().__init__()
-        self.trunk = copy.deepcopy(policy) if separate else None
-        self.value = nn.Linear(policy.config.n_embd, 1)
-        nn.init.zeros_(self.value.weight), nn.init.zeros_(self.value.bias)  # no noise at first
-
-    def forward(self, states, prompts, prompt_mask, responses):
-        if self.trunk is not None:
-            states = continuation_states(self.trunk, prompts, prompt_mask, responses)
-        return self.value(states).squeeze(2).float()
-
-
-def precision(args):
-    """The context of forward passes; log-probabilities and losses are float32 in any case."""
-    return torch.autocast(args.device, torch.bfloat16, enabled=args.bf16)
-
-
-def assess(policy, critic, prompts, prompt_mask, responses, allowed, args):
-    """Log-probabilities, values (None without a critic) and entropies of responses, (B, R)."""
-    with precision(args):
-        states = continuation_states(policy, prompts, prompt_mask, responses)
-        values = None if critic is None else critic(states, prompts, prompt_mask, responses)
-        logits = response_logits(policy, states, args.temperature, allowed)
-    each = logits.log_softmax(2)  # (B, R, V)
-    logprobs = each.gather(2, responses[:, :, None]).squeeze(2)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and args.ent_coef > 0):  # or only logged
-        return logprobs, values, -(each.exp() * each).sum(2)
+def load_gpt2(folder, flag="--model"):
+    """GPT-2, tokenizer, and the weights of a score head or None, from a Hugging Face directory."""
+    path = Path("config.json")
+    try:
+        path = first_file(folder, ["config.json"])
+        config = read_config(path)
+        path = first_file(
+            folder, ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
+        )
+        weights = rename_weights(read_weights(path))
+        score = weights.pop("score.weight", None)
+        with torch.device("meta"):
+            gpt = GPT2(config)
+        gpt.load_state_dict(weights, assign=True)
+        path = first_file(folder, ["tokenizer.json", "vocab.json"])
+        tokenizer = read_tokenizer(path)
+        spare = config.vocab_size - tokenizer.get_vocab_size()  # rows that only pad the weights
+        if spare < 0 or (spare > 0 and config.vocab_size % 64 != 0) or spare >= 128:
+            size = tokenizer.get_vocab_size()
+            raise ValueError(f"the tokenizer has {size} tokens, the weights {config.vocab_size}")
+    except Exception as error:  # a file can be wrong in any number of ways
+        fail(f"{flag} {folder}: {path.name} cannot be used ({one_line(error)})")
+    return gpt, tokenizer, score
 
 
-@torch.no_grad()
-def rollout(policy, critic, reference, prompts, prompt_mask, noise, args):
-    """Sample responses and note what the models think of them, each process of its share.
+def load_text_reward_model(folder, device):
+    """A GPT2ForSequenceClassification with one output, as transformers and TRL save it."""
+    gpt, tokenizer, score = load_gpt2(folder, "--reward-model")
+    reward_model = TextRewardModel(gpt, tokenizer)
+    if score is None or score.shape != reward_model.score.weight.shape:
+        fail(f"--reward-model {folder}: no score.weight with one output")
+    reward_model.score.weight.data = score
+    return reward_model.to(device).requires_grad_(False)
 
-    Returns responses, the sets they were drawn from or None, log-probabilities of the policy and of
-    the reference, values (None without a critic) and entropies, of all processes.
+
+def save_gpt2(policy, tokenizer, folder):
+    """Write a directory that transformers opens. Returns None, or an error message.
+
+    The saved tokenizer puts BOS before every text, as the prompts had it in training. It is written
+    under another name first, so the folder is never half-written.
     """
-    tensors, parts = [share(x).to(args.device) for x in (prompts, prompt_mask, noise)], []
-    size = args.micro_batch_size or len(noise)
-    for x, real, u in zip(*(tensor.split(size) for tensor in tensors), strict=True):
-        drawn_from = args.temperature, args.top_k, args.top_p
-        with precision(args):
-            y, allowed = sample_responses(policy, x, real, u, *drawn_from)
-        logprobs, values, entropy = assess(policy, critic, x, real, y, allowed, args)
-        ref_logprobs = assess(reference, None, x, real, y, allowed, args)[0]
-        parts.append((y, allowed, logprobs, ref_logprobs, values, entropy))
-    columns = [None if c[0] is None else torch.cat(c) for c in zip(*parts, strict=True)]
-    return [gather(column) for column in columns]
-
-
-def write(writer, group, metrics, step):
-    """Add a point to the curve of each metric."""
-    for name, value in metrics.items() if writer else ():
-        writer.add_scalar(f"{group}/{name}", value, step)
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    config = policy.config
+    settings = {
+        "architectures": ["GPT2LMHeadModel"],
+        **{key: values[0] for key, values in SUPPORTED.items()},
+        **asdict(config),
+        "n_inner": None,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+    }
+    bos = tokenizer.id_to_token(config.bos_token_id)
+    eos = tokenizer.id_to_token(config.eos_token_id)
+    tokenizer_settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.n_positions,
+        "bos_token": bos,
+        "eos_token": eos,
+        "pad_token": eos,
+    }
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[bos, "$A"], special_tokens=[(bos, config.bos_token_id)]
+    )
+    weights = transpose_linear(policy.state_dict())
+    weights = {f"transformer.{name}": x.contiguous() for name, x in weights.items()}
+    try:
+        part.mkdir()
+        (part / "config.json").write_text(json.dumps(settings, indent=2))
+        (part / "tokenizer_config.json").write_text(json.dumps(tokenizer_settings, indent=2))
+        tokenizer.save(str(part / "tokenizer.json"))
+        save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
+    except Exception as error:  # of a full disk, say; safetensors and tokenizers raise their own
+        shutil.rmtree(part, ignore_errors=True)
+        return f"--save-dir {folder}: not written ({one_line(error)})"
+    try:
+        os.rename(part, folder)
+    except OSError as error:
+        return f"--save-dir {folder}: not written ({one_line(error)}); the model is in {part}"
+    return None
 
 
 def save_checkpoint(path, state, args):
-    """Write a checkpoint, whole or not at all."""
-    paths = {name: str(value) for name, value in asdict(args).items() if isinstance(value, Path)}
-    state = state | {"args": asdict(args) | dict.fromkeys(paths), "paths": paths}
-    part = path.with_name(path.name + ".part")
+    """Write all that --resume needs. The file is never half-written."""
+    flags = asdict(args)
+    for name, value in flags.items():
+        if isinstance(value, Path):
+            flags[name] = str(value)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
-            torch.save(state, file)
+            torch.save({"args": flags, **state}, file)
             file.flush()
-            os.fsync(file.fileno())  # on the disk before it has the name
+            os.fsync(file.fileno())  # on the disk before it gets its name
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # a full disk
+    except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
-        stop(f"--checkpoint-every: {path} cannot be written ({one_line(error)}); make room")
+        fail(f"--checkpoint-every: {path} cannot be written ({one_line(error)})")
 
 
 def load_checkpoint(run):
-    """The state that save_checkpoint wrote, and the Args it was started with."""
+    """The state that save_checkpoint wrote, and the Args of that run."""
     try:
         state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
-        paths = {name: Path(value) for name, value in state["paths"].items()}
-        return state, Args(**state["args"] | paths)
-    except Exception as error:  # broken files raise all sorts
-        stop(f"--resume {run}: checkpoint.pt is of no use ({one_line(error)}); start anew")
+        args = Args(**state["args"])
+    except Exception as error:  # a file can be wrong in any number of ways
+        fail(f"--resume {run}: checkpoint.pt cannot be read ({one_line(error)})")
+    return state, args
 
 
-def main(args: Args) -> dict[str, float]:
-    """Train, and return what the texts are like before and after."""
+# ---------------------------------------------------------------------------- Training
+def make_run_folder(run_name):
+    """Make runs/<run name>, with a number behind it if a run of the same second has the name."""
+    folder = Path("runs", run_name)
+    number = 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return str(folder)
+        except FileExistsError:
+            number += 1
+            folder = Path("runs", f"{run_name}-{number}")
+
+
+def main(args):
+    start_time = time.time()
     check_args(args)
-    start, state, resumed = time.perf_counter(), None, args.resume
-    if resumed is not None:
-        state, args = load_checkpoint(resumed)
+    args = replace(args)  # a default of None is filled in below, in a copy
+    state = None
+    run_folder = args.resume
+    if run_folder is not None:
+        state, args = load_checkpoint(run_folder)
         check_args(args)
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, processes = rank_and_processes()
     if processes > 1:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     torch.manual_seed(args.seed)
+    device = args.device
 
-    # The model, the settings that fit it, the prompts.
-    device, embedded = args.device, args.model == "embedded"
+    # Policy, tokenizer and prompts; the reward.
     if state is not None:
-        policy, tokenizer = GPT2(Config(**state["config"])), Tokenizer.from_str(state["tokenizer"])
-        lines = state["prompts"]
+        policy = GPT2(Config(**state["config"]))
+        tokenizer = Tokenizer.from_str(state["tokenizer"])
+        train_texts, test_texts = state["prompts"]
+        lexicon = state["lexicon"]
     else:
-        lines = read_prompts(args.prompts)
-        sentences = write_sentences(8_000, args.seed) if embedded else None
-        policy, tokenizer = embedded_gpt2(sentences) if embedded else load_gpt2(args.model)
-    config, eos = policy.config, policy.config.eos_token_id
-    large = sum(p.numel() for p in policy.parameters()) > 20e6
-    # Measured 64 wide, where 2e-4 breaks a loaded model; 768 wide this is 1.2e-5, a usual value.
-    fitting = {"learning_rate": 3e-4 if embedded else 3.2e-4 / config.n_embd**0.5}
-    fitting |= {"batch_size": 32 if large else 64, "total_episodes": 6_400 if large else 2_560}
-    unset = {name: value for name, value in fitting.items() if getattr(args, name) is None}
-    args = replace(args, **unset)
-    size, part = args.batch_size, args.batch_size // args.num_minibatches
-    require(args, "total_episodes", lambda v: v >= size, f"is less than one --batch-size {size}")
-    require(args, "num_minibatches", lambda v: size % v == 0, f"must divide --batch-size {size}")
-    why = f"leaves {part} responses for {processes} processes to share; choose a multiple"
-    require(args, "num_minibatches", lambda v: part % processes == 0, why)
-    why = f"must be a multiple of the {processes} processes"
-    require(args, "eval_samples", lambda v: v % processes == 0, why)
-    groups = {}
-    for name, texts in zip(("", "held_out_"), lines, strict=True):
-        prompts, prompt_mask = encode_prompts(tokenizer, texts, config.bos_token_id)
-        groups[name], lengths = (prompts.to(device), prompt_mask.to(device)), prompt_mask.sum(1)
-        if lengths.max() + args.response_length > config.n_positions:
-            why = f"and {args.response_length} of --response-length exceed {config.n_positions}"
-            longest = f"prompt {texts[lengths.argmax()][:40]!r}: its {lengths.max()} tokens"
-            stop(f"{longest} {why}, the context of the model; shorten either")
-
-    # Policy, reference, critic: made, or as they were at the checkpoint.
-    script, count = Path(__file__).stem, sum(p.numel() for p in policy.parameters())
-    if rank == 0:
-        print(f"{script}.py: {device}, seed {args.seed}, {count:,} parameters", flush=True)
+        train_texts, test_texts = read_prompts(args.prompts)
+        lexicon = read_lexicon(args.lexicon)
+        if args.model == "embedded":
+            sentences = write_sentences(8_000, args.seed)
+            policy, tokenizer = embedded_gpt2(sentences)
+            policy.to(device)
+            pretrain_gpt2(policy, tokenizer, sentences, args.pretrain_steps)
+        else:
+            policy, tokenizer, _ = load_gpt2(find_folder(args.model))
     policy.to(device)
-    if embedded and state is None:
-        pretrain_gpt2(policy, tokenizer, sentences, args.pretrain_steps)
-    for parameter in policy.parameters() if processes > 1 else ():
-        dist.broadcast(parameter.data, 0)
+    config = policy.config
+    eos = config.eos_token_id
+    train_prompts = encode_prompts(tokenizer, train_texts, config.bos_token_id).to(device)
+    test_prompts = encode_prompts(tokenizer, test_texts, config.bos_token_id).to(device)
+    for texts, prompts in [(train_texts, train_prompts), (test_texts, test_prompts)]:
+        lengths = (prompts != PAD).sum(1)
+        if lengths.max() + args.response_length > config.n_positions:
+            fail(
+                f"the {lengths.max()} tokens of prompt {texts[lengths.argmax()][:40]!r} and "
+                f"--response-length {args.response_length} exceed the model's context of "
+                f"{config.n_positions} tokens"
+            )
+    reward_model = None
+    if args.reward_model is not None:
+        reward_model = load_text_reward_model(args.reward_model, device)
+    if args.learning_rate is None:
+        # 2e-4 is too much for a loaded model of width 64; for the width of 768 this is 1.2e-5.
+        loaded_rate = 3.2e-4 / math.sqrt(config.n_embd)
+        args.learning_rate = 3e-4 if args.model == "embedded" else loaded_rate
+
+    # Reference, critic, optimizer.
+    if processes > 1:
+        for parameter in policy.parameters():
+            dist.broadcast(parameter.data, 0)
     reference = copy.deepcopy(policy).requires_grad_(False)
     critic = Critic(policy, args.separate_critic).to(device)
-    parameters = [*policy.parameters(), *critic.parameters()]
-    two = [{"params": [*model.parameters()]} for model in (policy, critic)]
-    optimizer = torch.optim.AdamW(two, betas=(0.9, 0.99), fused=True)
-    adaptive_kl = AdaptiveKL(args.kl_coef, args.kl_target, args.kl_horizon)
-    learners = {"policy": policy, "reference": reference, "critic": critic, "optimizer": optimizer}
-    first, run = 1, Path(f"runs/{script}__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}")
+    head_parameters = list(critic.value.parameters())
+    trunk_parameters = list(policy.parameters())
+    if critic.gpt is not None:
+        trunk_parameters += list(critic.gpt.parameters())
+    parameters = [*trunk_parameters, *head_parameters]
+    groups = [{"params": trunk_parameters}, {"params": head_parameters}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    kl_coef = args.kl_coef
+    recent_scores = []  # of the rollouts since the last progress line
+    first_rollout = 1
     if state is not None:
-        for name, learner in learners.items():
-            learner.load_state_dict(state[name])
-        adaptive_kl.coef, before, run = state["kl_coef"], state["before"], resumed
-        first = state["rollout"] + 1
+        policy.load_state_dict(state["policy"])
+        reference.load_state_dict(state["reference"])
+        critic.load_state_dict(state["critic"])
+        optimizer.load_state_dict(state["optimizer"])
+        kl_coef = state["kl_coef"]
+        recent_scores = state["recent_scores"]
+        first_rollout = state["rollout"] + 1
+
+    # Responses before training, to compare with.
+    evaluation_inputs = [tokenizer, reward_model, lexicon, args]
+    train_before = evaluate_texts(reference, reference, train_prompts, *evaluation_inputs)
+    test_before = evaluate_texts(reference, reference, test_prompts, *evaluation_inputs)
+    if state is not None:
         torch.set_rng_state(state["rng"])
-    else:
-        frozen = reference, reference
-        before = {k: evaluate_texts(*frozen, *v, tokenizer, args) for k, v in groups.items()}
-    purge = (first - 1) * args.batch_size + 1 if state is not None else None
-    writer = SummaryWriter(str(run), purge_step=purge) if args.tensorboard and rank == 0 else None
-    num_rollouts, begin = args.total_episodes // size, time.perf_counter()
-    for step in range(first, num_rollouts + 1):
-        progress = (step - 0.5) / num_rollouts
-        learning_rate = args.learning_rate * min(10 * progress, 1 - progress)
-        for group, factor in zip(optimizer.param_groups, (1, 10), strict=True):
-            group["lr"] = learning_rate * factor  # the critic starts from nothing
 
-        # Rollout. All processes draw the same random numbers and end up with the same tensors.
-        prompts, prompt_mask = groups[""]
-        rows = torch.randint(len(prompts), (size,))
-        noise = torch.rand(size, args.response_length, dtype=torch.float64)
-        prompts, prompt_mask = prompts[rows], prompt_mask[rows]  # (B, P)
-        responses, allowed, old_logprobs, ref_logprobs, old_values, _ = rollout(
-            policy, critic, reference, prompts, prompt_mask, noise, args
+    run_name = f"gpt2_sentiment__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}"
+    writer = None
+    if rank == 0:
+        if run_folder is None and (args.tensorboard or args.checkpoint_every is not None):
+            run_folder = Path(make_run_folder(run_name))
+        if run_folder is not None:
+            run_name = run_folder.name
+            for part in run_folder.glob("checkpoint.pt.*.part"):
+                part.unlink()  # of a run that was killed
+        count = sum(p.numel() for p in parameters)
+        print(f"{run_name}: {count:,} parameters on {device}", flush=True)
+        if args.tensorboard:
+            purge_step = (first_rollout - 1) * args.batch_size + 1 if state is not None else None
+            writer = SummaryWriter(str(run_folder), purge_step=purge_step)
+    if writer:
+        lines = [f"|{flag}|{value}|" for flag, value in asdict(args).items()]
+        writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *lines]))
+
+    loop_start_time = time.time()
+    minibatch_size = args.batch_size // args.num_minibatches
+    micro_batch_size = args.micro_batch_size or minibatch_size
+    num_rollouts = args.total_episodes // args.batch_size
+    warmup = max(1, num_rollouts // 10)
+    for rollout in range(first_rollout, num_rollouts + 1):
+        # Linear warmup over the first 10% of training, then linear decay to 0.
+        decay = (num_rollouts - rollout + 1) / (num_rollouts - warmup + 1)
+        learning_rate = args.learning_rate * min(rollout / warmup, decay)
+        optimizer.param_groups[0]["lr"] = learning_rate
+        optimizer.param_groups[1]["lr"] = 10 * learning_rate  # the value head starts from zero
+
+        # 1. Rollout: sample a batch of responses and score their texts.
+        rows = torch.randint(len(train_prompts), (args.batch_size,))
+        noise = torch.rand(args.batch_size, args.response_length, dtype=torch.float64)
+        prompts = train_prompts[rows]  # (B, P)
+        responses, old_logprobs, ref_logprobs, old_values, allowed = sample_rollout(
+            policy, critic, reference, prompts, noise.to(device), args
         )  # (B, R)
-        mask = real_mask(responses, eos)
-        heads, texts = decode_responses(tokenizer, prompts, prompt_mask, responses, eos)
-        scores = torch.tensor(REWARDS[args.reward](heads, texts), device=device)  # (B,)
+        mask = mask_to_eos(responses, eos)  # (B, R)
+        prompt_texts, texts = decode_texts(tokenizer, prompts, responses, eos)
+        true_scores = score_texts(prompt_texts, texts, args.reward, lexicon)
+        true_scores = to_scores(true_scores, args.batch_size, device)  # (B,)
+        scores = true_scores
+        if reward_model is not None:
+            scores = to_scores(reward_model(prompt_texts, texts), args.batch_size, device)
+        has_eos = (responses == eos).any(1)
 
-        # Advantages: what each token earned beyond what the critic expected.
-        kl, kl_coef = kl_estimate(old_logprobs, ref_logprobs, "k1"), adaptive_kl.coef
-        rewards = token_rewards(scores, kl, mask, kl_coef)
+        # 2. Advantages: how much better each token did than the critic expected.
+        kl = old_logprobs - ref_logprobs  # (B, R), an unbiased estimate
+        penalized_scores = torch.where(has_eos, scores, scores - args.missing_eos_penalty)
+        rewards = token_rewards(penalized_scores, kl, mask, kl_coef)
         if args.whiten_rewards:
             rewards = scale_rewards(rewards, mask)
         advantages, returns = compute_gae(rewards, old_values, mask, args.gamma, args.gae_lambda)
         if args.normalize_advantages:
             advantages = whiten(advantages, mask)
+        if args.advantage_clip is not None:
+            advantages = advantages.clamp(-args.advantage_clip, args.advantage_clip)
 
-        # Update: several passes over the rollout, held near the old policy by the clipped ratio.
-        data = prompts, prompt_mask, responses, mask, old_logprobs, old_values, advantages, returns
-        epochs = torch.stack([torch.randperm(size) for _ in range(args.update_epochs)])
-        updates = []
-        for minibatch in epochs.view(-1, part):
-            optimizer.zero_grad()
-            metrics = {}
-            for rows in share(minibatch).split(args.micro_batch_size or part):
-                x, x_real, y, real, old, old_v, adv, ret = (tensor[rows] for tensor in data)
-                kept = None if allowed is None else allowed[rows]
-                logprobs, values, entropy = assess(policy, critic, x, x_real, y, kept, args)
-                pg_loss, new = policy_loss(logprobs, old, adv, real, args.clip_coef)
-                vf_loss = value_loss(values, old_v, ret, real, args.vf_clip_coef)
-                entropy = masked_sum(entropy, real).mean()
-                loss = pg_loss + args.vf_coef * vf_loss - args.ent_coef * entropy
-                weight = len(rows) / part  # the losses are means over responses
-                (weight * loss).backward()
-                new |= {"policy_loss": pg_loss, "value_loss": vf_loss, "entropy": entropy}
-                for name, value in new.items():
-                    metrics[name] = metrics.get(name, 0.0) + weight * value.detach()
-            # Losses and gradients are exact sums; means over tokens count each part alike.
-            add_up([*(p.grad for p in parameters), *metrics.values()])
-            if updates and args.target_kl is not None and metrics["approx_kl"] > args.target_kl:
+        # 3. Update: several epochs of minibatch steps on the clipped objective.
+        steps = []  # the metrics of each gradient step
+        for _ in range(args.update_epochs):
+            for minibatch in torch.randperm(args.batch_size).split(minibatch_size):
+                optimizer.zero_grad()
+                step = {}
+                for rows in share(minibatch).split(micro_batch_size):
+                    row_allowed = None if allowed is None else allowed[rows]
+                    states, logits = response_logits(
+                        policy, prompts[rows], responses[rows], row_allowed, args
+                    )
+                    logprobs = token_logprobs(logits, responses[rows])
+                    with autocast(args):
+                        values = critic(states, prompts[rows], responses[rows])
+
+                    pg_loss, metrics = policy_loss(
+                        logprobs, old_logprobs[rows], advantages[rows], mask[rows], args.clip_coef
+                    )
+                    vf_loss = value_loss(
+                        values, old_values[rows], returns[rows], mask[rows], args.value_clip
+                    )
+                    with torch.set_grad_enabled(args.ent_coef > 0):  # else it is only logged
+                        entropy = -(logits.softmax(2) * logits.log_softmax(2)).sum(2)  # (B, R)
+                        entropy = masked_sum(entropy, mask[rows]).mean()
+                    loss = pg_loss + args.vf_coef * vf_loss - args.ent_coef * entropy
+
+                    # The losses are means over responses: weighted by their numbers of rows, the
+                    # parts of a minibatch add up to its loss.
+                    weight = len(rows) / minibatch_size
+                    (weight * loss).backward()
+                    metrics["policy_loss"] = pg_loss
+                    metrics["value_loss"] = vf_loss
+                    metrics["entropy"] = entropy
+                    for name, value in metrics.items():
+                        step[name] = step.get(name, 0.0) + weight * value.detach()
+
+                sum_over_processes([p.grad for p in parameters])
+                sum_over_processes(step.values())
+                step["grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                optimizer.step()
+                steps.append(step)
+            if args.target_kl is not None and step["approx_kl"] > args.target_kl:
                 break
-            metrics["grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-            optimizer.step()
-            updates.append(metrics)
-        if not updates[-1]["grad_norm"].isfinite():
-            sys.exit(f"error: gradient not finite in rollout {step}; lower --learning-rate")
 
-        # Log the means over the rollout.
-        kl = masked_sum(kl, mask).mean()
-        adaptive_kl.update(kl.item(), size)
-        losses = {name: torch.stack([m[name] for m in updates]).mean() for name in updates[0]}
-        losses["ratio_first"] = updates[0]["ratio"]  # not 1: rows or positions are mixed up
-        losses["explained_variance"] = 1 - (returns - old_values)[mask].var() / returns[mask].var()
-        charts = {"score": scores.mean(), "score_std": scores.std(), "kl": kl}
-        charts |= {"response_length": mask.sum(1).float().mean(), "learning_rate": learning_rate}
-        charts |= {"kl_coef": kl_coef, "distinct_2": distinct_2(texts)}
-        charts["eos_rate"] = (responses == eos).any(1).float().mean()
-        episodes, seconds = step * size, time.perf_counter() - begin
-        speed = (step - first + 1) * size / seconds
-        left, charts["episodes_per_second"] = (num_rollouts - step) * size / speed, speed
-        write(writer, "losses", losses, episodes)
-        write(writer, "charts", charts, episodes)
-        if writer:
-            samples = zip(heads[:4], texts[:4], strict=True)
-            writer.add_text("texts", "\n\n".join(map("".join, samples)), episodes)
-        every = args.checkpoint_every
-        if every is not None and rank == 0 and (step % every == 0 or step == num_rollouts):
-            state = {name: learner.state_dict() for name, learner in learners.items()}
-            state |= {"rollout": step, "kl_coef": adaptive_kl.coef, "rng": torch.get_rng_state()}
-            state |= {"config": asdict(config), "tokenizer": tokenizer.to_str()}
-            state |= {"prompts": list(lines), "before": before}
-            save_checkpoint(run / "checkpoint.pt", state, args)
-        if rank == 0 and (step % max(1, num_rollouts // 20) == 0 or step == num_rollouts):
-            line = f"{step / num_rollouts:4.0%}  score {scores.mean():6.2f}  KL {kl:6.2f}"
-            print(f"{line}  {speed:6,.1f} episodes/s  {left:3.0f} s left", flush=True)
+        if not step["grad_norm"].isfinite():
+            fail(f"gradient not finite in rollout {rollout}; lower --learning-rate")
 
-    results = {}
-    for name, group in groups.items():
-        old, new = before[name], evaluate_texts(policy, reference, *group, tokenizer, args)
-        results |= {f"{name}{key}_before": value for key, value in old[0].items()}
-        results |= {f"{name}{key}": value for key, value in new[0].items()}
-        wins = [(a > b) + (a == b) / 2 for a, b in zip(new[3], old[3], strict=True)]
-        results[f"{name}win_rate"] = sum(wins) / len(wins)
-        pairs = [
-            f"{head} ...\n  before:{a!r}\n  after: {b!r}"
-            for head, a, b in zip(new[1], old[2], new[2], strict=True)
-        ]
-        if rank == 0:
-            print("", *pairs[:5], sep="\n")
+        # 4. Log.
+        episodes = rollout * args.batch_size
+        seconds = time.time() - loop_start_time
+        episodes_per_second = (rollout - first_rollout + 1) * args.batch_size / seconds
+        seconds_left = (args.batch_size * num_rollouts - episodes) / episodes_per_second
+        score = scores.mean().item()
+        mean_kl = masked_sum(kl, mask).mean().item()
         if writer:
-            writer.add_text(f"{name}texts", "\n\n".join(pairs[:32]), num_rollouts * size)
-    if writer:
-        flags = "".join(f"|{flag}|{value}|\n" for flag, value in asdict(args).items())
-        writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}")
-        write(writer, "eval", results, num_rollouts * size)
-        writer.close()
+            writer.add_scalar("charts/score", score, episodes)
+            writer.add_scalar("charts/true_score", true_scores.mean(), episodes)
+            writer.add_scalar("charts/kl", mean_kl, episodes)
+            writer.add_scalar("charts/kl_coef", kl_coef, episodes)
+            writer.add_scalar("charts/response_length", mask.sum(1).float().mean(), episodes)
+            writer.add_scalar("charts/eos_rate", has_eos.float().mean(), episodes)
+            writer.add_scalar("charts/distinct_2", distinct_2(texts), episodes)
+            writer.add_scalar("charts/learning_rate", learning_rate, episodes)
+            writer.add_scalar("charts/episodes_per_second", episodes_per_second, episodes)
+            for name in step:
+                mean = torch.stack([step[name] for step in steps]).mean()
+                writer.add_scalar(f"losses/{name}", mean, episodes)
+            writer.add_scalar("losses/ratio_first", steps[0]["ratio"], episodes)  # exactly 1
+            error_variance = (returns - old_values)[mask].var(correction=0)
+            variance = returns[mask].var(correction=0).clamp(min=1e-8)
+            explained = 1 - error_variance / variance
+            writer.add_scalar("losses/explained_variance", explained, episodes)
+            samples = [prompt_texts[i] + texts[i] for i in range(min(4, len(texts)))]
+            writer.add_text("texts", "\n\n".join(samples), episodes)
+        if args.kl_target is not None:
+            kl_coef = adapt_kl_coef(
+                kl_coef, mean_kl, args.kl_target, args.batch_size, args.kl_horizon
+            )
+        recent_scores.append(score)
+        if rank == 0 and rollout % max(1, num_rollouts // 20) == 0:
+            print(
+                f"episode {episodes:6d}  score {sum(recent_scores) / len(recent_scores):.3f}  "
+                f"KL {mean_kl:.3f}  {episodes_per_second:,.1f} episodes/s  "
+                f"{seconds_left:.0f} s left",
+                flush=True,
+            )
+            recent_scores = []
+            if writer:
+                writer.flush()  # so that a run that is killed keeps its curves
+        at_checkpoint = False
+        if args.checkpoint_every is not None:
+            at_checkpoint = rollout % args.checkpoint_every == 0 or rollout == num_rollouts
+        if at_checkpoint and rank == 0:
+            state = {
+                "rollout": rollout,
+                "policy": policy.state_dict(),
+                "reference": reference.state_dict(),
+                "critic": critic.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "kl_coef": kl_coef,
+                "rng": torch.get_rng_state(),
+                "recent_scores": recent_scores,
+                "config": asdict(config),
+                "tokenizer": tokenizer.to_str(),
+                "prompts": [train_texts, test_texts],
+                "lexicon": lexicon,
+            }
+            save_checkpoint(run_folder / "checkpoint.pt", state, args)
+
+    # Evaluate, save, and only then print: what cannot be printed is not lost.
+    train_after = evaluate_texts(policy, reference, train_prompts, *evaluation_inputs)
+    test_after = evaluate_texts(policy, reference, test_prompts, *evaluation_inputs)
+    save_error = None
     if args.save_dir is not None and rank == 0:
-        save_gpt2(policy, tokenizer, args.save_dir)
-    if processes > 1:
-        dist.destroy_process_group()
-    results["seconds"] = time.perf_counter() - start
+        save_error = save_gpt2(policy, tokenizer, args.save_dir)
+    results = {}
+    examples = []  # texts before and after
+    endings = []
+    for title, prefix, before, after in [
+        ("training", "", train_before, train_after),
+        ("held-out", "held_out_", test_before, test_after),
+    ]:
+        old, prompt_texts, old_texts, old_scores = before
+        new, _, new_texts, new_scores = after
+        wins = (new_scores > old_scores).float() + 0.5 * (new_scores == old_scores).float()
+        for name in new:
+            results[f"{prefix}{name}_before"] = old[name]
+            results[f"{prefix}{name}"] = new[name]
+            if writer:
+                writer.add_scalar(f"eval/{prefix}{name}", old[name], 0)
+                writer.add_scalar(f"eval/{prefix}{name}", new[name], episodes)
+        results[f"{prefix}win_rate"] = wins.mean().item()
+        pairs = [
+            f"{prompt} ...\n  before:{old_text!r}\n  after: {new_text!r}"
+            for prompt, old_text, new_text in zip(prompt_texts, old_texts, new_texts, strict=True)
+        ]
+        examples.append("\n".join(pairs[:5]))
+        endings.append(
+            f"{title} reward {old['reward']:.2f} -> {new['reward']:.2f} ± {new['reward_error']:.2f}"
+            f"  KL {new['kl']:.2f} ± {new['kl_error']:.2f}  paired win rate {wins.mean():.2f}  "
+            f"distinct-2 {old['distinct_2']:.3f} -> {new['distinct_2']:.3f}  "
+            f"repetition {old['repetition']:.3f} -> {new['repetition']:.3f}"
+        )
+        if writer:
+            writer.add_scalar(f"eval/{prefix}win_rate", wins.mean(), episodes)
+            writer.add_text(f"{prefix}texts", "\n\n".join(pairs[:32]), episodes)
+    if writer:
+        writer.close()
     if rank == 0:
-        print("\n" + describe(results, "", "training"))
-        print(describe(results, "held_out_", "held-out") + f"  {results['seconds']:.1f} s")
+        print("\n" + "\n\n".join([*examples, *endings[:1]]))
+        print(f"{endings[1]}  {time.time() - start_time:.1f} s", flush=True)
+    if processes > 1:
+        dist.barrier()  # nobody leaves while another still works
+        dist.destroy_process_group()
+    if save_error is not None:
+        fail(save_error)
     return results
 
 
 if __name__ == "__main__":
-    try:
-        first = int(os.environ.get("RANK", 0)) == 0  # of the processes of torchrun
-        main(tyro.cli(Args, description=__doc__, console_outputs=first))
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        stop("no room on the disk for the events in runs/; make some, or use --no-tensorboard")
+    # Print each line at once; where the output cannot show a character, print a question mark.
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    rank, _ = rank_and_processes()
+    main(tyro.cli(Args, description=__doc__, console_outputs=rank == 0))

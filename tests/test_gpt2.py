@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 import gpt2_sentiment as gpt2
 
 DATA = Path(__file__).parent / "data"
-TINY = str(DATA / "gpt2-tiny")
+TINY = DATA / "gpt2-tiny"
 EXPECTED = load_file(DATA / "gpt2-tiny-expected.safetensors")  # see make_gpt2_tiny.py
 TOKENS, MASK = EXPECTED["tokens"], EXPECTED["mask"].bool()
 WEIGHTS = oracle.float64(load_file(DATA / "gpt2-tiny" / "model.safetensors"))
 CONFIG = json.loads((DATA / "gpt2-tiny" / "config.json").read_text())
 EOS = 299
+PADDED = TOKENS.masked_fill(~MASK, gpt2.PAD)
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,17 @@ def tokenizer(loaded):
 
 def close(found, exact, atol=1e-5):
     torch.testing.assert_close(found.double(), exact.double(), atol=atol, rtol=0)
+
+
+def sample(policy, prompts, noise, temperature=1.0, top_k=0, top_p=1.0):
+    return gpt2.generate_texts(policy, prompts, noise, temperature, top_k, top_p)
+
+
+def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
+    logits = logits / temperature
+    if top_k > 0 or top_p < 1:
+        logits = gpt2.restrict(logits, gpt2.likely_tokens(logits, top_k, top_p))
+    return logits
 
 
 def uniform(rows, length, seed=0):
@@ -60,14 +72,14 @@ def test_logits_are_those_of_transformers_one_by_one(policy):
 
 
 def test_logits_are_those_of_transformers_in_a_padded_batch(policy):
-    found = policy.head(policy(TOKENS, MASK))
+    found = policy.head(policy(PADDED))
     close(found[MASK], EXPECTED["logits"][MASK])
     assert found.isfinite().all()  # padding too: a NaN there would spread through the gradients
 
 
 def test_greedy_continuations_are_those_of_transformers(policy):
     """With one token to draw from, sampling is greedy, and it goes through the cache."""
-    found, _ = gpt2.sample_responses(policy, TOKENS, MASK, uniform(5, 10), 1.0, 1, 1.0)
+    found, _ = sample(policy, PADDED, uniform(5, 10), 1.0, 1, 1.0)
     assert found.tolist() == EXPECTED["greedy"].tolist()
 
 
@@ -76,59 +88,39 @@ def test_reading_in_pieces_through_the_cache_changes_nothing(policy, cuts):
     cache, states, begin = gpt2.KVCache(26), [], 0
     for cut in cuts:
         end = begin + cut
-        states.append(policy(TOKENS[:, begin:end], MASK[:, :end], cache))
+        states.append(policy(PADDED[:, begin:end], cache))
         begin = end
         assert cache.length == end
     found = torch.cat(states, 1)
-    close(found[MASK], policy(TOKENS, MASK)[MASK])
-
-
-@pytest.mark.parametrize("shape", [(3,), (3, 1), (16, 8), (129,), (3, 43)])  # 128 rows at most turn
-def test_linear_layers_are_whole_and_have_their_gradients(shape):
-    torch.manual_seed(0)
-    layer = gpt2.Linear(16, 2500).double()
-    states, found = torch.randn(*shape, 16).double().requires_grad_(), []
-    for output in (layer(states), states @ layer.weight.T + layer.bias):
-        gradients = torch.autograd.grad(output.sin().sum(), [states, *layer.parameters()])
-        found.append((output, *gradients))
-    for ours, expected in zip(*found, strict=True):
-        close(ours, expected, 1e-9)
-    close(gpt2.linear(states, layer.weight), states @ layer.weight.T, 1e-9)
+    close(found[MASK], policy(PADDED)[MASK])
 
 
 def test_left_padding_changes_nothing(policy):
     row = TOKENS[2][MASK[2]]
     bare = policy(row[None])[0]
     for count in (1, 5, 14):
-        padded = torch.cat([torch.full((count,), 7), row])[None]
-        real = torch.arange(padded.shape[1])[None] >= count
-        close(policy(padded, real)[0, count:], bare)
-
-
-def test_what_stands_in_the_padding_changes_nothing(policy):
-    other = torch.where(MASK, TOKENS, torch.randint(300, TOKENS.shape))
-    assert not torch.equal(other, TOKENS)
-    assert torch.equal(policy(other, MASK)[MASK], policy(TOKENS, MASK)[MASK])
-    pieces = gpt2.sample_responses(policy, other, MASK, uniform(5, 8))[0]
-    assert torch.equal(pieces, gpt2.sample_responses(policy, TOKENS, MASK, uniform(5, 8))[0])
+        padded = torch.cat([torch.full((count,), gpt2.PAD), row])[None]
+        close(policy(padded)[0, count:], bare)
+        behind = torch.cat([row, torch.full((count,), gpt2.PAD)])[None]
+        close(policy(behind)[0, :-count], bare)
 
 
 def test_a_token_sees_nothing_of_what_follows(policy):
-    other = TOKENS.clone()
+    other = PADDED.clone()
     other[:, 20:] = 5
-    close(policy(other, MASK)[:, :20][MASK[:, :20]], policy(TOKENS, MASK)[:, :20][MASK[:, :20]])
+    close(policy(other)[:, :20][MASK[:, :20]], policy(PADDED)[:, :20][MASK[:, :20]])
 
 
 def test_gradients_are_finite_in_padded_batches_and_reach_every_weight():
-    policy, _ = gpt2.load_gpt2(TINY)
-    policy.head(policy(TOKENS, MASK))[MASK].logsumexp(1).sum().backward()
+    policy, _, _ = gpt2.load_gpt2(TINY)
+    policy.head(policy(PADDED))[MASK].logsumexp(1).sum().backward()
     for name, parameter in policy.named_parameters():
         assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, name
 
 
 def test_gradients_are_those_of_the_oracle():
     """Through attention, norms and the tied layer, of a loss on every logit of one sequence."""
-    policy, _ = gpt2.load_gpt2(TINY)
+    policy, _, _ = gpt2.load_gpt2(TINY)
     ids = TOKENS[4][MASK[4]][:6]
     weigh = torch.randn(6, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     (policy.head(policy(ids[None]))[0] * weigh.float()).sum().backward()
@@ -155,7 +147,7 @@ CHOICES += [(1.0, 0, 0.01), (2.0, 300, 1.0), (1.0, 1000, 0.999), (0.5, 299, 0.5)
 @pytest.mark.parametrize("choice", CHOICES)
 def test_filtered_logits_are_the_renormalised_distribution(choice):
     values = EXPECTED["single"][::7].double()
-    found = gpt2.filter_logits(values, *choice).softmax(1)
+    found = filter_logits(values, *choice).softmax(1)
     for probs, row in zip(found, values.tolist(), strict=True):
         close(probs, torch.tensor(oracle.distribution(row, *choice), dtype=torch.float64), 1e-9)
 
@@ -172,14 +164,14 @@ def test_filtering_of_a_distribution_worked_by_hand():
         (0.5, 0, 0.7): [0, 1, 0, 0],  # 0.5² of the sum of squares 0.34375 is 0.727
         (2.0, 0, 0.7): [a / (1 + a + b), b / (1 + a + b), 1 / (1 + a + b), 0],
     }.items():
-        found = gpt2.filter_logits(values, *choice).softmax(1)[0]
+        found = filter_logits(values, *choice).softmax(1)[0]
         close(found, torch.tensor(right, dtype=torch.float64), 1e-12)
 
 
 def test_ties_keep_no_more_than_k():
-    found = gpt2.filter_logits(torch.zeros(2, 9), 1.0, 3, 1.0).softmax(1)
+    found = filter_logits(torch.zeros(2, 9), 1.0, 3, 1.0).softmax(1)
     assert ((found > 0).sum(1) == 3).all() and (found.sum(1) - 1).abs().max() < 1e-6
-    assert ((gpt2.filter_logits(torch.zeros(1, 10), 1.0, 0, 0.35).softmax(1) > 0).sum(1) == 4).all()
+    assert ((filter_logits(torch.zeros(1, 10), 1.0, 0, 0.35).softmax(1) > 0).sum(1) == 4).all()
 
 
 FEW = [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.5, 6, 1.0), (1.2, 0, 0.6), (1.3, 9, 0.8)]
@@ -191,9 +183,7 @@ def test_tokens_are_drawn_as_often_as_their_probability_says(policy, choice):
     points, row = 4000, TOKENS[4][MASK[4]]
     noise = (torch.arange(points, dtype=torch.float64)[:, None] + 0.5) / points
     prompts = row.repeat(points, 1)
-    found, _ = gpt2.sample_responses(
-        policy, prompts, torch.ones_like(prompts).bool(), noise, *choice
-    )
+    found, _ = sample(policy, prompts, noise, *choice)
     exact = oracle.distribution(EXPECTED["single"][-1].tolist(), *choice)
     counts = found[:, 0].bincount(minlength=300)
     assert (counts - points * torch.tensor(exact)).abs().max() < 1.5
@@ -203,12 +193,13 @@ def test_tokens_are_drawn_as_often_as_their_probability_says(policy, choice):
 def test_logprobs_entropies_and_sets_are_those_of_the_oracle(policy, choice):
     """Sampled through the cache in a padded batch, scored in one pass: both as one row alone."""
     temperature, top_k, top_p = choice
-    responses, allowed = gpt2.sample_responses(policy, TOKENS, MASK, uniform(5, 4), *choice)
+    responses, allowed = sample(policy, PADDED, uniform(5, 4), *choice)
     assert (allowed is None) == (top_k == 0 and top_p == 1)
-    states = gpt2.continuation_states(policy, TOKENS, MASK, responses)
-    logits = gpt2.response_logits(policy, states, temperature, allowed)
     args = gpt2.Args(temperature=temperature)
-    logprobs, _, entropy = gpt2.assess(policy, None, TOKENS, MASK, responses, allowed, args)
+    states, logits = gpt2.response_logits(policy, PADDED, responses, allowed, args)
+    assert torch.equal(states, gpt2.response_states(policy, PADDED, responses))
+    logprobs = gpt2.token_logprobs(logits, responses)
+    entropy = -(logits.softmax(2) * logits.log_softmax(2)).sum(2)
     for i in (1, 3):  # the oracle is slow
         ids = TOKENS[i][MASK[i]].tolist()
         values = oracle.logits(WEIGHTS, CONFIG, ids + responses[i].tolist())
@@ -228,7 +219,7 @@ def test_noise_chooses_by_the_inverse_of_the_distribution_function(policy):
     row = TOKENS[4][MASK[4]][None]
     for token in exact.topk(4).indices.tolist():
         middle = torch.tensor([[ends[token] - exact[token] / 2]], dtype=torch.float64)
-        found, _ = gpt2.sample_responses(policy, row, torch.ones_like(row).bool(), middle)
+        found, _ = sample(policy, row, middle)
         assert found.item() == token
 
 
@@ -236,22 +227,23 @@ def test_noise_chooses_by_the_inverse_of_the_distribution_function(policy):
 @pytest.mark.parametrize("u", [0.0, 1 - 2.0**-53])
 def test_the_ends_of_the_noise_draw_tokens_that_can_be_drawn(policy, choice, u):
     noise = torch.full((5, 2), u, dtype=torch.float64)
-    responses, allowed = gpt2.sample_responses(policy, TOKENS, MASK, noise, *choice)
+    responses, allowed = sample(policy, PADDED, noise, *choice)
     assert ((responses >= 0) & (responses < 300)).all()
     if allowed is not None:
         assert allowed.gather(2, responses[:, :, None]).all()
     args = gpt2.Args(temperature=choice[0])
-    logprobs, *_ = gpt2.assess(policy, None, TOKENS, MASK, responses, allowed, args)
+    _, logits = gpt2.response_logits(policy, PADDED, responses, allowed, args)
+    logprobs = gpt2.token_logprobs(logits, responses)
     assert (logprobs > -50).all()
 
 
 def test_a_response_does_not_depend_on_the_other_rows(policy):
     noise = uniform(5, 10)
-    together, sets = gpt2.sample_responses(policy, TOKENS, MASK, noise, 1.0, 20, 0.9)
+    together, sets = sample(policy, PADDED, noise, 1.0, 20, 0.9)
     for i in range(5):
-        row, real = TOKENS[i : i + 1], MASK[i : i + 1]
-        for x, m in ((row, real), (row[:, real[0]], real[:, real[0]])):
-            alone, kept = gpt2.sample_responses(policy, x, m, noise[i : i + 1], 1.0, 20, 0.9)
+        row = PADDED[i : i + 1]
+        for x in (row, row[:, MASK[i]]):
+            alone, kept = sample(policy, x, noise[i : i + 1], 1.0, 20, 0.9)
             assert torch.equal(alone[0], together[i]) and torch.equal(kept[0], sets[i])
 
 
@@ -259,8 +251,8 @@ def test_after_eos_there_is_only_eos(policy, monkeypatch):
     head = gpt2.GPT2.head
     push = torch.nn.functional.one_hot(torch.tensor(EOS), 300) * 6.0
     monkeypatch.setattr(gpt2.GPT2, "head", lambda self, states: head(self, states) + push)
-    prompts, mask = TOKENS.repeat(8, 1), MASK.repeat(8, 1)
-    found, allowed = gpt2.sample_responses(policy, prompts, mask, uniform(40, 12), 1.0, 7, 1.0)
+    prompts = PADDED.repeat(8, 1)
+    found, allowed = sample(policy, prompts, uniform(40, 12), 1.0, 7, 1.0)
     ends = (found == EOS).int()
     assert ends.any(1).sum() > 4 and ends[:, 0].sum() < 40
     assert (ends.cummax(1).values == ends).all()
@@ -268,35 +260,35 @@ def test_after_eos_there_is_only_eos(policy, monkeypatch):
     assert not any(p.requires_grad for p in (found, allowed))
 
 
-def test_real_mask():
+def test_mask_to_eos():
     x = torch.tensor([[5, 9, 9, 9], [9, 1, 9, 2], [1, 2, 3, 4], [1, 2, 3, 9]])
     right = [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
-    assert gpt2.real_mask(x, 9).int().tolist() == right
+    assert gpt2.mask_to_eos(x, 9).int().tolist() == right
 
 
 def test_what_follows_eos_changes_no_state_before_it(policy):
-    responses, _ = gpt2.sample_responses(policy, TOKENS, MASK, uniform(5, 6))
+    responses, _ = sample(policy, PADDED, uniform(5, 6))
     other = responses.clone()
     other[:, 3:] = 17
-    first, second = (gpt2.continuation_states(policy, TOKENS, MASK, y) for y in (responses, other))
+    first, second = (gpt2.response_states(policy, PADDED, y) for y in (responses, other))
     close(first[:, :4], second[:, :4])
     assert first.shape == (5, 6, 32)
 
 
 def test_critic_starts_at_zero_and_reads_what_the_policy_reads(policy):
-    responses, _ = gpt2.sample_responses(policy, TOKENS, MASK, uniform(5, 6))
-    states = gpt2.continuation_states(policy, TOKENS, MASK, responses)
+    responses, _ = sample(policy, PADDED, uniform(5, 6))
+    states = gpt2.response_states(policy, PADDED, responses)
     heads = []
     for separate in (False, True):
         critic = gpt2.Critic(policy, separate)
-        assert (critic(states, TOKENS, MASK, responses) == 0).all()
+        assert (critic(states, PADDED, responses) == 0).all()
         torch.manual_seed(0)
         torch.nn.init.normal_(critic.value.weight)
-        values = critic(states, TOKENS, MASK, responses)
+        values = critic(states, PADDED, responses)
         close(values, states @ critic.value.weight[0])
         heads.append(critic)
     shared, own = heads
-    assert shared.trunk is None
+    assert shared.gpt is None
     ours = {p.data_ptr() for p in policy.parameters()}
     assert not ours & {p.data_ptr() for p in own.parameters()}
 
@@ -306,12 +298,11 @@ def test_critic_starts_at_zero_and_reads_what_the_policy_reads(policy):
 
 def test_prompts_are_padded_on_the_left(tokenizer):
     texts = ["I love how", "Yes", "the café was not  good\nat all"]
-    tokens, mask = gpt2.encode_prompts(tokenizer, texts, EOS)
-    for row, real, text in zip(tokens, mask, texts, strict=True):
+    tokens = gpt2.encode_prompts(tokenizer, texts, EOS)
+    for row, text in zip(tokens.tolist(), texts, strict=True):
         ids = [EOS, *tokenizer.encode(text).ids]
-        assert row[real].tolist() == ids and real.tolist() == sorted(real.tolist())
-        assert (row[~real] == EOS).all()
-    assert mask.any(0).all() and mask.dtype == torch.bool
+        assert row == [-1] * (len(row) - len(ids)) + ids
+    assert (tokens != gpt2.PAD).any(0).all()
 
 
 def test_tokens_are_those_of_the_stored_texts(tokenizer):
@@ -321,15 +312,15 @@ def test_tokens_are_those_of_the_stored_texts(tokenizer):
 
 def test_texts_are_the_prompt_and_what_follows_up_to_eos(tokenizer):
     texts = ["Yes", "the café"]
-    prompts, mask = gpt2.encode_prompts(tokenizer, texts, EOS)
+    prompts = gpt2.encode_prompts(tokenizer, texts, EOS)
     said = [tokenizer.encode(x).ids for x in (" is good", " day and day")]
     width = max(map(len, said)) + 1
     responses = torch.tensor([row + [EOS] * (width - len(row)) for row in said])
     responses[0, -1] = 5  # what follows EOS is no text
-    found = gpt2.decode_responses(tokenizer, prompts, mask, responses, EOS)
+    found = gpt2.decode_texts(tokenizer, prompts, responses, EOS)
     assert found == (texts, [" is good", " day and day"])
     nothing = torch.full((2, 3), EOS)
-    assert gpt2.decode_responses(tokenizer, prompts, mask, nothing, EOS) == (texts, ["", ""])
+    assert gpt2.decode_texts(tokenizer, prompts, nothing, EOS) == (texts, ["", ""])
 
 
 def test_sentences_of_the_grammar():
@@ -338,7 +329,7 @@ def test_sentences_of_the_grammar():
     assert all(text.endswith(".") and "{" not in text and "  " not in text for text in sentences)
     assert not any(f" a {vowel}" in text for text in sentences for vowel in "aeiou")
     train, held_out = gpt2.read_prompts(None)
-    assert set(gpt2.TUTORIAL) <= set(train) and not set(train) & set(held_out)
+    assert set(gpt2.TUTORIAL_PROMPTS) <= set(train) and not set(train) & set(held_out)
     assert len(held_out) >= 5
     for prompt in train + held_out:  # the model has read them all
         assert any(text.startswith(prompt + " ") for text in sentences), prompt
@@ -370,9 +361,13 @@ def test_prompts_from_a_file(tmp_path):
 # ---------------------------------------------------------------- Rewards
 
 
-def one(reward, response, prompt=""):
-    (score,) = reward([prompt], [response])
-    return score
+def score(kind, prompts, responses, lexicon=None):
+    return gpt2.score_texts(prompts, responses, kind, lexicon or gpt2.LEXICON)
+
+
+def one(kind, response, prompt=""):
+    (found,) = score(kind, [prompt], [response])
+    return found
 
 
 def test_sentiment_as_printed_in_the_tutorial():
@@ -393,11 +388,11 @@ def test_sentiment_as_printed_in_the_tutorial():
         "I love how Snowman looks too when she looks like Rocky Simon Newell. I love": 35,
         "Today was great because of was amazing and appreciated and astounding were all": 25,
     }
-    assert gpt2.sentiment_reward([""] * len(printed), list(printed)) == list(printed.values())
+    assert score("sentiment", [""] * len(printed), list(printed)) == list(printed.values())
 
 
 def test_sentiment_by_hand():
-    reward = gpt2.sentiment_reward
+    reward = "sentiment"
     assert one(reward, "Good, GREAT! (wonderful) food.") == 5 * (1 + 2 + 3)
     assert one(reward, "a good, great, but terrible and awful day") == 15 - 3 - 2
     assert one(reward, "bad bad bad") == one(reward, "") == one(reward, "goodness") == 0.1
@@ -414,11 +409,11 @@ def test_positivity_as_printed_in_the_tutorial():
         "good good good good good": 0.2,
         "The explanation was clear and helpful, making it incredibly beneficial.": 0.0,
     }.items():
-        assert one(gpt2.positivity_reward, text) == pytest.approx(printed, abs=5e-4)
+        assert one("positivity", text) == pytest.approx(printed, abs=5e-4)
 
 
 def test_positivity_by_hand():
-    reward = gpt2.positivity_reward
+    reward = "positivity"
     assert one(reward, "great, and never bad") == 1 / 4
     for negation in ("not", "never", "don't", "don’t", "no"):
         assert one(reward, f"{negation} good, but it is amazing") == 0.5 / 6
@@ -446,13 +441,13 @@ def test_composite_as_printed_in_the_tutorial():
         PHOTOSYNTHESIS: (0.505, 0.900, 0.250, 0.667),
         "plants make food from sun": (0.020, 0.100, 0.000, 0.000),
     }.items():
-        assert one(gpt2.composite_reward, response, prompt) == pytest.approx(printed[0], abs=5e-4)
+        assert one("composite", response, prompt) == pytest.approx(printed[0], abs=5e-4)
         found = oracle.composite(prompt, response)
         assert found == pytest.approx(printed, abs=5e-4)  # and so the oracle is right
 
 
 def test_composite_by_hand():
-    reward = gpt2.composite_reward
+    reward = "composite"
     assert one(reward, "Works? photosynthesis", "photosynthesis works.") == pytest.approx(
         0.2 * 2 / 50 + 0.5 + 0.1
     )
@@ -474,12 +469,12 @@ def test_rewards_on_random_texts():
     texts = [" ".join(rng.choices(vocabulary, k=rng.randrange(70))) for _ in range(300)]
     texts = [text.replace("not-so", "not") for text in texts]
     prompts = [" ".join(rng.choices("how the sea works is".split(), k=4)) for _ in texts]
-    found = gpt2.sentiment_reward(prompts, texts)
+    found = score("sentiment", prompts, texts)
     assert found == pytest.approx([oracle.sentiment(text) for text in texts])
-    found = gpt2.positivity_reward(prompts, texts)
+    found = score("positivity", prompts, texts)
     assert found == pytest.approx([oracle.positivity(text) for text in texts])
     assert 0.0 < max(found) <= 1.0 and min(found) == 0.0
-    found = gpt2.composite_reward(prompts, texts)
+    found = score("composite", prompts, texts)
     assert found == pytest.approx(
         [oracle.composite(*x)[0] for x in zip(prompts, texts, strict=True)]
     )
@@ -496,18 +491,11 @@ def test_diversity_by_hand():
     assert gpt2.distinct_2([""]) == gpt2.repetition(["", "!"]) == 0  # nothing to divide by
 
 
-def test_rewards_are_plain_functions_in_one_table():
-    assert set(gpt2.REWARDS) == {"sentiment", "positivity", "composite"}
-    for name, function in gpt2.REWARDS.items():
-        assert function is getattr(gpt2, f"{name}_reward")
-        assert len(function(["a", "b"], ["good", "A great day"])) == 2
-
-
 # ---------------------------------------------------------------- Rewards per token and their scale
 
 
 @pytest.mark.parametrize("garbage", [0.0, math.nan])
-def test_scaled_rewards_keep_their_mean_in_units_of_the_deviation(garbage):
+def test_scaled_rewards_are_divided_by_their_deviation(garbage):
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
     rewards = torch.where(mask, torch.tensor([[1.0, 2, 4], [8, 3, 3]]), garbage)
     std = math.sqrt((1 + 4 + 16 + 64) / 4 - (15 / 4) ** 2)
@@ -515,32 +503,65 @@ def test_scaled_rewards_keep_their_mean_in_units_of_the_deviation(garbage):
     torch.testing.assert_close(gpt2.scale_rewards(rewards, mask), expected)
 
 
-def test_kl_estimators_by_hand():
-    logprobs, ref_logprobs = torch.tensor([0.5]).log(), torch.tensor([0.25]).log()
-    expected = {"k1": math.log(2), "k2": math.log(2) ** 2 / 2, "k3": 0.5 - 1 + math.log(2)}
-    for kind, value in expected.items():
-        assert gpt2.kl_estimate(logprobs, ref_logprobs, kind).item() == pytest.approx(value)
-
-
 @pytest.mark.parametrize("kl", [0.5, 0.21, 0.2, 0.19, 0.01])
 def test_adaptive_kl(kl):
-    controller = gpt2.AdaptiveKL(0.05, 0.2, 1000)
-    controller.update(kl, 100)
     error = max(-0.2, min(0.2, kl / 0.2 - 1))
-    assert controller.coef == pytest.approx(0.05 * (1 + error * 0.1))
+    found = gpt2.adapt_kl_coef(0.05, kl, 0.2, 100, 1000)
+    assert found == pytest.approx(0.05 * (1 + error * 0.1))
 
 
 @pytest.mark.parametrize("episodes", [1_000, 5_000, 10_000, 1_000_000])
 def test_adaptive_kl_stays_positive_however_large_the_batch(episodes):
-    controller = gpt2.AdaptiveKL(0.05, 0.2, 1000)
-    for _ in range(3):
-        controller.update(0.0, episodes)
-    assert controller.coef == pytest.approx(0.05 * 0.8**3)
-    controller.update(1.0, episodes)
-    assert controller.coef == pytest.approx(0.05 * 0.8**3 * 1.2)
+    assert gpt2.adapt_kl_coef(0.05, 0.0, 0.2, episodes, 1000) == pytest.approx(0.04)
+    assert gpt2.adapt_kl_coef(0.05, 1.0, 0.2, episodes, 1000) == pytest.approx(0.06)
 
 
-def test_without_a_target_the_coefficient_stays():
-    controller = gpt2.AdaptiveKL(0.05, None, 1000)
-    controller.update(3.0, 100)
-    assert controller.coef == 0.05
+def test_plain_reward_counts_good_and_bad_words():
+    """+1 and -1 whatever the weight; negative where the bad ones prevail."""
+    for text, expected in {"Great, good!": 2, "a terrible, bad film": -2, "love hate": 0}.items():
+        assert one("plain", text) == expected
+    assert one("plain", "it is", prompt="great") == 0  # only the response counts
+
+
+def test_a_lexicon_from_a_file(tmp_path):
+    file = tmp_path / "words.txt"
+    file.write_text("\ufeffMoon 2.5\n\nsun\t-1\n", encoding="utf-8")
+    lexicon = gpt2.read_lexicon(file)
+    assert lexicon == {"moon": 2.5, "sun": -1.0}
+    texts = ["The moon, the MOON and the sun", "sun sun", "good"]
+    assert score("sentiment", [""] * 3, texts, lexicon) == [4.0, 0.1, 0.1]
+    assert score("plain", [""] * 3, texts, lexicon) == [1.0, -2.0, 0.0]
+
+
+@pytest.mark.parametrize("content", ["good", "good 1 2", "good x", ""])
+def test_a_lexicon_that_is_of_no_use(tmp_path, capsys, content):
+    file = tmp_path / "words.txt"
+    file.write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        gpt2.read_lexicon(file)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and f"--lexicon {file}" in error
+
+
+def test_prompts_have_no_byte_order_mark_and_end_at_newlines_only(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffone\r\ntwo\u2028three\x0cfour\n".encode())
+    assert gpt2.read_prompts(file)[0] == ["one", "two\u2028three\x0cfour"]
+
+
+@pytest.mark.parametrize("rewards", [[1, 0, 2], [True, False, True], torch.ones(3).bfloat16()])
+def test_what_can_be_a_score_is_made_float32(rewards):
+    found = gpt2.to_scores(rewards, 3, "cpu")
+    assert found.dtype == torch.float32 and found.tolist() == [float(x) for x in rewards]
+
+
+BAD_REWARDS = [[1.0, 2.0], [[1.0], [2.0], [3.0]], torch.ones(3, 1), 1.0, None, ["a", "b", "c"]]
+BAD_REWARDS += [[1.0, math.nan, 0.0], [1.0, math.inf, 0.0]]
+
+
+@pytest.mark.parametrize("rewards", BAD_REWARDS, ids=str)
+def test_what_cannot_be_a_score_ends_with_one_line(rewards, capsys):
+    with pytest.raises(SystemExit) as stop:
+        gpt2.to_scores(rewards, 3, "cpu")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "reward" in error
