@@ -138,6 +138,10 @@ def check_args(args):
             f"--save-dir {save_dir}: no folder there that can be written to",
         ),
         (
+            len(os.fsencode(save_dir.name)) <= 200,
+            "--save-dir: the name is longer than 200 bytes",
+        ),
+        (
             args.save_dir is None or not os.path.lexists(save_dir),
             f"--save-dir {save_dir} exists already; name a new folder",
         ),
@@ -204,6 +208,9 @@ def check_args(args):
         rules.append((valid, f"--advantage-clip {args.advantage_clip} must be positive"))
     if args.target_kl is not None:
         rules.append((0 < args.target_kl < 1e6, f"--target-kl {args.target_kl} must be positive"))
+    if args.lexicon is not None:
+        valid = args.reward in ["sentiment", "plain"]
+        rules.append((valid, f"--lexicon is not read with --reward {args.reward}"))
     for valid, error in rules:
         if not valid:
             fail(error)

@@ -49,13 +49,12 @@ def matrix_speed(device, dtype, turns):
 def tokens_a_second(policy, folder, args):
     """Of ours and of transformers' generate, 16 prompts of 5 tokens and 48 new ones each."""
     prompts = torch.randint(50257, (16, 5), device=args.device)
-    real, noise = torch.ones_like(prompts, dtype=torch.bool), torch.rand(16, 48).double()
-    noise = noise.to(args.device)
-    policy.config.eos_token_id = -1  # never drawn: all 48 tokens are
+    noise = torch.rand(16, 48).double().to(args.device)
+    policy.config.eos_token_id = -1  # never sampled: all responses have 48 tokens
 
     def ours():
-        with gpt2.precision(args):
-            gpt2.sample_responses(policy, prompts, real, noise)
+        with gpt2.autocast(args):
+            gpt2.generate_texts(policy, prompts, noise, 1.0, 0, 1.0)
 
     print("| tokens a second | |\n|-|-|", flush=True)
     try:
@@ -69,10 +68,10 @@ def tokens_a_second(policy, folder, args):
             gap = (other(tokens).logits - policy.head(policy(tokens))).abs().max().item()
 
         def theirs():
-            with gpt2.precision(args):
+            with gpt2.autocast(args):
                 other.generate(
                     prompts,
-                    attention_mask=real.long(),
+                    attention_mask=torch.ones_like(prompts),
                     do_sample=True,
                     top_k=0,
                     min_new_tokens=48,
@@ -121,29 +120,37 @@ def iteration(policy, folder, args):
     parameters = [*policy.parameters(), *critic.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, betas=(0.9, 0.99), fused=True)
     x = torch.randint(50257, (16, 5), device=args.device)
-    real, mask = torch.ones_like(x, dtype=torch.bool), torch.ones(16, 15, dtype=torch.bool)
-    mask, noise = mask.to(args.device), torch.rand(16, 15).double().to(args.device)
+    mask = torch.ones(16, 15, dtype=torch.bool, device=args.device)
+    noise = torch.rand(16, 15).double().to(args.device)
     made = {}
 
     def generation():
-        with gpt2.precision(args):
-            made["y"], _ = gpt2.sample_responses(policy, x, real, noise)
+        with gpt2.autocast(args):
+            made["y"], _ = gpt2.generate_texts(policy, x, noise, 1.0, 0, 1.0)
+
+    def read(model):
+        states, logits = gpt2.response_logits(model, x, made["y"], None, args)
+        return states, logits, gpt2.token_logprobs(logits, made["y"])
 
     @torch.no_grad()
     def scoring():
-        made["old"], made["v"], _ = gpt2.assess(policy, critic, x, real, made["y"], None, args)
-        ref, _, _ = gpt2.assess(reference, None, x, real, made["y"], None, args)
-        kl, scores = gpt2.kl_estimate(made["old"], ref, "k1"), torch.zeros_like(ref[:, 0])
-        rewards = gpt2.token_rewards(scores, kl, mask, 0.2)
+        states, _, made["old"] = read(policy)
+        made["v"] = critic(states, x, made["y"])
+        _, _, ref = read(reference)
+        scores = torch.zeros(16, device=args.device)
+        rewards = gpt2.token_rewards(scores, made["old"] - ref, mask, 0.2)
         made["adv"], made["ret"] = gpt2.compute_gae(rewards, made["v"], mask, 1.0, 0.95)
 
     def update():
         for _ in range(4):
             optimizer.zero_grad()
-            logprobs, values, _ = gpt2.assess(policy, critic, x, real, made["y"], None, args)
+            states, logits, logprobs = read(policy)
+            values = critic(states, x, made["y"])
             advantages = gpt2.whiten(made["adv"], mask)
             loss, _ = gpt2.policy_loss(logprobs, made["old"], advantages, mask, 0.2)
             loss = loss + 0.1 * gpt2.value_loss(values, made["v"], made["ret"], mask, 0.2)
+            with torch.no_grad():  # as in the script, where it is logged
+                (logits.softmax(2) * logits.log_softmax(2)).sum(2)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -192,7 +199,7 @@ def main():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.02)
     with tempfile.TemporaryDirectory() as parent:
-        folder = f"{parent}/gpt2"
+        folder = Path(parent, "gpt2")
         gpt2.save_gpt2(policy, gpt2.train_tokenizer(["any"], 300), folder)
         tokens_a_second(policy, folder, args)
         iteration(policy, folder, args)

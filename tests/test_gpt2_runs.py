@@ -537,6 +537,12 @@ def test_two_processes_do_what_one_does(tmp_path, default_result):
     assert sorted(os.listdir(tmp_path)) == ["one", "runs", "two"]
 
 
+def test_a_rank_without_a_world_is_a_run_of_its_own(monkeypatch, tmp_path, default_result):
+    monkeypatch.setenv("RANK", "1")
+    assert run(save_dir=tmp_path / "saved") == default_result
+    assert (tmp_path / "saved" / "model.safetensors").exists()
+
+
 # ---------------------------------------------------------------- Half precision
 
 
@@ -663,6 +669,90 @@ def test_a_prompt_that_just_fits_is_used_and_one_token_more_is_not(tmp_path, cap
     train.write_text(prompt + "!"), held_out.write_text("a\nb\nc\nd\n" + prompt + "!")
     stops(SMALL | {"prompts": train}, "--response-length", capsys)
     stops(SMALL | {"prompts": held_out}, "--response-length", capsys)
+
+
+def test_flags_that_would_not_be_read_or_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "words").write_text("good 1")
+    flags = {"lexicon": tmp_path / "words", "reward": "composite"}
+    stops(SMALL | flags, "--lexicon", capsys)
+    stops(SMALL | {"save_dir": Path("x" * 201)}, "--save-dir", capsys)
+
+
+def test_a_model_that_cannot_be_saved_leaves_its_results_and_itself(monkeypatch, capsys):
+    """The folder of --save-dir has been filled by somebody else in the meantime."""
+
+    def evaluate(*arguments):
+        Path("saved").mkdir(exist_ok=True)
+        Path("saved", "theirs").touch()
+        return evaluate_texts(*arguments)
+
+    evaluate_texts = gpt2.evaluate_texts
+    monkeypatch.setattr(gpt2, "evaluate_texts", evaluate)
+    with pytest.raises(SystemExit) as stop:
+        run(save_dir="saved")
+    out, error = capsys.readouterr()
+    assert stop.value.code == 2 and error.count("\n") == 1 and "held-out reward" in out
+    (part,) = Path().glob("saved.*.part")
+    assert str(part) in error and os.listdir("saved") == ["theirs"]
+    assert load(part)[0].config.n_embd == 32
+
+
+def test_the_model_is_saved_before_texts_are_printed(tmp_path):
+    """To an output that has neither Greek letters nor the tokens of a random model."""
+    words = "--pretrain-steps 1 --total-episodes 4 --batch-size 4 --eval-samples 4 --save-dir out"
+    command = [sys.executable, str(ROOT / "gpt2_sentiment.py"), *words.split()]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    for flags in (["--help"], ["--no-tensorboard"]):
+        done = subprocess.run(command + flags, capture_output=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert b"?" in done.stdout
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_runs_of_one_second_have_folders_of_their_own(monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda form: "now")
+    for _ in range(3):
+        run(checkpoint_every=1, total_episodes=8)
+    names = ["gpt2_sentiment__1__now", "gpt2_sentiment__1__now-2", "gpt2_sentiment__1__now-3"]
+    assert sorted(os.listdir("runs")) == names
+    for name in names:
+        assert os.listdir(Path("runs", name)) == ["checkpoint.pt"]
+
+
+def test_paths_can_be_strings(tmp_path):
+    (tmp_path / "prompts").write_text("Yes\nI love how")
+    run(prompts="prompts", save_dir="out")
+    assert (tmp_path / "out").is_dir()
+
+
+# ---------------------------------------------------------------- A learned reward
+
+
+def test_a_learned_reward_is_maximised_and_the_true_one_logged(monkeypatch):
+    """Scores come from the reward model of tests/data, true_score from the words."""
+    curves = programs.record_curves(monkeypatch, gpt2)
+    monkeypatch.setattr(gpt2.SummaryWriter, "__init__", lambda self, folder, purge_step: None)
+    scores = []
+    forward = gpt2.TextRewardModel.forward
+
+    def noted(self, prompts, responses):
+        scores.append((forward(self, prompts, responses), variety(prompts, responses)))
+        return scores[-1][0]
+
+    monkeypatch.setattr(gpt2.TextRewardModel, "forward", noted)
+    rewards = spy(monkeypatch, "token_rewards")
+    flags = {"total_episodes": 32 * 20, "batch_size": 32, "eval_samples": 32, "kl_coef": 0.02}
+    result = run(reward_model=TINY.parent / "gpt2-tiny-rm", tensorboard=True, **flags)
+    in_training = scores[2:-2]  # between the evaluations
+    for learned, (given, *_), i in zip(
+        [learned for learned, _ in in_training], [r[0] for r in rewards], range(20), strict=True
+    ):
+        assert torch.equal(given, learned)
+        assert curves["charts/score"][i][1] == pytest.approx(learned.mean().item(), abs=1e-5)
+        true = torch.tensor(in_training[i][1]).mean().item()
+        assert curves["charts/true_score"][i][1] == pytest.approx(true, abs=1e-5)
+    assert result["learned_reward"] > result["learned_reward_before"] + 0.3
+    assert result["reward"] == pytest.approx(sum(scores[-2][1]) / 32, abs=1e-5)
 
 
 def test_a_file_named_runs_is_in_the_way(tmp_path, capsys):
