@@ -1,13 +1,15 @@
-"""The README's worked example: its edits, made to a copy of ppo.py, give a program that learns."""
+"""The edits of "Use your own model", made to grpo.py and dpo.py, give programs that learn."""
 
-import os
+import importlib.util
+import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import programs
 import pytest
+import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).parent.parent
 RULE = "# " + "-" * 76 + " "  # begins the heading of a section
@@ -41,39 +43,258 @@ def apply_hunks(source, diff):
 
 def adapt(source, text):
     """The source after all edits that a text makes: sections of Python, and hunks of a diff."""
-    edits = 0
     for language, block in re.findall(r"```(python|diff)\n(.*?)```", text, re.DOTALL):
-        if language == "diff":
-            source = apply_hunks(source, block)
-            edits += 1
-        elif block.startswith(RULE):
-            source = replace_section(source, block)
-            edits += 1
-        else:  # code that is shown, and not part of this example
-            compile(block, "README.md", "exec")
-    assert edits > 0
+        source = (
+            apply_hunks(source, block) if language == "diff" else replace_section(source, block)
+        )
     return source
 
 
-def test_the_edits_of_the_readme_turn_ppo_to_another_task(tmp_path):
-    text = chapter("How to adapt a file to your own model")
-    source = adapt((ROOT / "ppo.py").read_text(), text)
-    (tmp_path / "alphabet.py").write_text(source)
-    (command,) = re.findall(r"```\n(python alphabet.py.*?)```", text, re.DOTALL)
-    words = command.replace("\\\n", "").split()[1:]
-    done = subprocess.run(
-        [sys.executable, *words],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # the tensors are tiny: a second one only costs
+def load(name, source):
+    """The script with this source as a module, imported from the working folder."""
+    Path(f"{name}.py").write_text(source)
+    spec = importlib.util.spec_from_file_location(name, f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses looks there
+    spec.loader.exec_module(module)
+    return module
+
+
+README = chapter("Use your own model")
+DIFFS = re.findall(r"```diff\n.*?```\n", README, re.DOTALL)
+ACCUMULATION = "".join(diff for diff in DIFFS if "gradient accumulation" in diff)
+
+
+# ---------------------------------------------------------------------------- Tiny real models
+def save_model(kind, folder):
+    """A random Llama or GPT-2 of transformers, and a byte-level BPE tokenizer, in a folder."""
+    transformers = pytest.importorskip("transformers")  # no requirement of the scripts
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=290,
+        special_tokens=["<unk>", "<eos>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
-    assert done.returncode == 0, done.stderr
-    ending = done.stdout.splitlines()[-1]
-    before, after, *_ = map(float, re.fullmatch(programs.ENDING, ending).groups())
-    assert before < 0.45, ending
-    assert after > before + 0.2, ending  # the standard error is 0.006
-    assert {path.name for path in tmp_path.iterdir()} == {"alphabet.py"}
+    tokenizer.train_from_iterator(["name a colour", "say something long and blue or red"], trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    torch.manual_seed(1)
+    if kind == "llama":
+        config = transformers.LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            initializer_range=0.1,
+        )
+        model = transformers.LlamaForCausalLM(config)
+    else:
+        config = transformers.GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=128,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            initializer_range=0.1,
+        )
+        model = transformers.GPT2LMHeadModel(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def folder(request, tmp_path, monkeypatch):
+    """A working folder with a model, questions and pairs; the edits name the model tiny."""
+    monkeypatch.chdir(tmp_path)
+    save_model(request.param, "tiny")
+    examples = []
+    pairs = []
+    for i in range(20):
+        question = f"say {'something long and ' * (i % 3)}blue or red {i}"
+        examples.append({"question": question, "answer": "e"})
+        pairs.append({"prompt": question, "chosen": "a blue one", "rejected": "red" * (i % 2 + 1)})
+    Path("examples.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in examples))
+    Path("pairs.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in pairs))
+    return tmp_path
+
+
+def make_grpo(without=""):
+    source = adapt((ROOT / "grpo.py").read_text(), README.replace(without, ""))
+    source = re.sub(r'MODEL = ".*?"', 'MODEL = "tiny"', source)
+    return load("my_grpo", source.replace("RESPONSE_LENGTH = 24", "RESPONSE_LENGTH = 6"))
+
+
+def make_dpo():
+    source = (ROOT / "dpo.py").read_text()
+    for block in re.findall(r"```(?:python|diff)\n.*?```", README, re.DOTALL):
+        heading = block.splitlines()[1]
+        if heading.endswith(" Model") or heading == "@@ generate":
+            source = adapt(source, block)
+    source = adapt(source, (ROOT / "docs" / "own_model.md").read_text())
+    source = re.sub(r'MODEL = ".*?"', 'MODEL = "tiny"', source)
+    return load("my_dpo", source.replace("RESPONSE_LENGTH = 24", "RESPONSE_LENGTH = 6"))
+
+
+GRPO_FLAGS = {
+    "tensorboard": False,
+    "sft_steps": 0,
+    "learning_rate": 3e-3,
+    "batch_size": 32,
+    "num_minibatches": 4,
+    "update_epochs": 1,
+    "total_episodes": 32 * 30,
+    "group_size": 8,
+    "kl_coef": 0.01,
+}
+
+
+def alone(model, prompt, response, pad):
+    """Log-probabilities of a response's tokens by the bare model, without padding."""
+    prompt = prompt[prompt != pad]
+    tokens = torch.cat([prompt, response])[None]
+    logprobs = model(tokens).logits[0, len(prompt) - 1 : -1].log_softmax(1)
+    return logprobs.gather(1, response[:, None]).squeeze(1)
+
+
+def test_grpo_learns_on_a_hugging_face_model(folder, monkeypatch):
+    script = make_grpo()
+    curves = programs.record_curves(monkeypatch, script)
+    losses = programs.spy(monkeypatch, script, "grpo_loss")
+    result = script.main(script.Args(**GRPO_FLAGS | {"tensorboard": True}))
+    assert losses[0][1][1]["ratio"] == pytest.approx(1, abs=1e-5)
+    scores = programs.values(curves["charts/score"])
+    assert sum(scores[:3]) / 3 < 0.7
+    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.2
+    assert result["success"] > result["success_before"] + 0.2
+
+
+def test_padding_changes_nothing_in_grpo(folder):
+    """Log-probabilities and loss of a batch are those of each prompt alone in the bare model."""
+    script = make_grpo()
+    torch.manual_seed(2)
+    policy = script.GPT()
+    prompts, *_ = script.make_prompts("cpu")
+    lengths = (prompts != script.PAD).sum(1)
+    assert lengths.min() < lengths.max()
+    responses = script.generate(policy, prompts, 1.0)
+    mask = script.response_mask(responses)
+    states = script.response_states(policy, prompts, responses)
+    logprobs = script.token_logprobs(policy.head(states), responses)
+    rows = zip(prompts, responses, strict=True)
+    expected = torch.stack([alone(policy.model, x, y, script.PAD) for x, y in rows])
+    torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
+
+    advantages = torch.randn(len(prompts))
+    weights = script.token_weights(mask, "grpo")
+    old = expected.detach() - 0.1
+    settings = (advantages, mask, weights, "grpo", 0.2, 0.2)
+    loss, _ = script.grpo_loss(logprobs, old, *settings)
+    expected_loss, _ = script.grpo_loss(expected, old, *settings)
+    assert loss.item() == pytest.approx(expected_loss.item(), abs=1e-5)
+
+
+def test_cached_generation_draws_from_the_same_distribution(folder):
+    """At a temperature near 0, what the cache writes is the likeliest token at every position."""
+    script = make_grpo()
+    policy = script.GPT()
+    prompts, *_ = script.make_prompts("cpu")
+    responses = script.generate(policy, prompts, 1e-4)
+    logits = policy.head(script.response_states(policy, prompts, responses))
+    mask = script.response_mask(responses)
+    assert responses.shape == (len(prompts), script.RESPONSE_LENGTH)
+    assert torch.equal(logits.argmax(2)[mask], responses[mask])
+    assert (responses[~mask] == script.EOS).all()
+
+
+def test_generation_cuts_no_token_off_and_pads_with_eos(folder, monkeypatch):
+    script = make_grpo()
+    policy = script.GPT()
+    prompts, *_ = script.make_prompts("cpu")
+    prompts = prompts.repeat(4, 1)
+    responses = script.generate(policy, prompts, 1.0)
+    logits = policy.head(script.response_states(policy, prompts, responses))
+    chosen = logits.gather(2, responses[:, :, None])
+    ranks = (logits > chosen).sum(2)
+    assert ranks[script.response_mask(responses)].max() > 50  # top-k would leave these out
+
+    def all_end_at_once(tokens, **_):
+        return F.pad(tokens, (0, 1), value=script.EOS)
+
+    monkeypatch.setattr(policy.model, "generate", all_end_at_once)
+    responses = script.generate(policy, prompts, 1.0)
+    assert responses.tolist() == [[script.EOS] * script.RESPONSE_LENGTH] * len(prompts)
+
+
+def test_each_response_is_compared_with_the_answer_to_its_prompt(folder):
+    examples = [{"question": f"{i}?", "answer": str(i)} for i in range(10)]
+    Path("examples.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in examples))
+    script = make_grpo()
+    prompts, targets, test_prompts, test_targets = script.make_prompts("cpu")
+    for questions, rows in [(prompts, targets), (test_prompts, test_targets)]:
+        digits = [question[question != script.PAD][:1] for question in questions]  # i of "i?"
+        responses = torch.stack(digits)
+        assert script.get_scores(rows, responses).tolist() == [1] * len(rows)
+        assert script.get_scores(rows, responses.roll(1, 0)).tolist() == [0] * len(rows)
+    assert (len(prompts), len(test_prompts)) == (8, 2)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(folder):
+    """4 minibatches per step give the weights that one minibatch of 4 times the size gives."""
+    assert ACCUMULATION
+    flags = GRPO_FLAGS | {"total_episodes": 64}
+    saved = []
+    for without, minibatches in [("", 4), (ACCUMULATION, 1)]:
+        script = make_grpo(without)
+        path = Path(f"{minibatches}.pt")
+        script.main(script.Args(**flags | {"num_minibatches": minibatches, "save_path": path}))
+        saved.append(torch.load(path, weights_only=True))
+    for name, weight in saved[0]["policy"].items():
+        torch.testing.assert_close(weight, saved[1]["policy"][name], atol=2e-4, rtol=0)
+        moved = (weight - saved[0]["reference"][name]).abs().max()
+        assert moved > 1e-3 or "bias" in name
+
+
+def test_dpo_learns_from_pairs_of_texts(folder):
+    script = make_dpo()
+    result = script.main(
+        script.Args(
+            tensorboard=False,
+            sft_steps=0,
+            learning_rate=1e-2,
+            minibatch_size=8,
+            epochs=5,
+            preferences=Path("pairs.jsonl"),
+        )
+    )
+    assert result["success_before"] == 0.5
+    assert result["success"] == 1.0
+
+
+def test_padding_changes_nothing_in_dpo(folder):
+    script = make_dpo()
+    policy = script.GPT()
+    _, _, prompts, targets = script.make_prompts("cpu")
+    lengths = (prompts != script.PAD).sum(1)
+    assert lengths.min() < lengths.max() < script.PROMPT_LENGTH
+    chosen, rejected = targets.unbind(1)
+    found = script.pair_logprobs(policy, prompts, chosen, rejected, False)
+    for responses, logprobs in zip([chosen, rejected], found, strict=True):
+        mask = script.response_mask(responses)
+        rows = zip(prompts, responses, mask, strict=True)
+        expected = [alone(policy.model, x, y, script.PAD)[real].sum() for x, y, real in rows]
+        torch.testing.assert_close(logprobs, torch.stack(expected), atol=1e-4, rtol=1e-5)
+        assert mask.sum(1).min() < mask.sum(1).max() or responses is chosen
 
 
 def test_main_knows_nothing_of_the_toy():

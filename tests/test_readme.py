@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(ROOT.glob("*.py"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
-PLACEHOLDERS = {"X.py", "alphabet.py"}  # any script, and the copy that the reader makes
+PLACEHOLDERS = {"X.py"}  # any script
 spec = importlib.util.spec_from_file_location("report", ROOT / "benchmark" / "report.py")
 report = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(report)
@@ -62,6 +62,7 @@ def test_links_and_figures_are_there(path):
 @pytest.mark.parametrize("script, words", commands())
 def test_commands_are_understood(script, words, tmp_path, monkeypatch):
     """The flags are parsed, and not refused, where the files that are read are there."""
+    script = script.removeprefix("my_")  # a copy
     if script in PLACEHOLDERS:
         assert not (ROOT / script).exists()
         return
