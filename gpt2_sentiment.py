@@ -246,58 +246,42 @@ CLAUSES = [
 ]
 PRESENT = {"is": "is", "have": "have", "makes": "makes"}
 PAST = {"is": "was", "have": "had", "makes": "made"}
+# fmt: off
 NOUNS = {
-    "thing": [
-        *["food", "music", "weather", "game", "story", "song"],
-        *["cake", "film", "book", "garden", "room", "coffee"],
-    ],
+    "thing": ["food", "music", "weather", "game", "story", "song", "cake", "film", "book", "garden",
+              "room", "coffee"],
     "person": ["friend", "sister", "brother", "mother", "teacher", "neighbour"],
     "place": ["park", "school", "beach", "market", "lake", "station"],
 }
 GOOD_WORDS = {
-    "adjective": [
-        *["good", "great", "excellent", "wonderful", "amazing"],
-        *["awesome", "fun", "super", "incredible", "perfect"],
-    ],
+    "adjective": ["good", "great", "excellent", "wonderful", "amazing", "awesome", "fun", "super",
+                  "incredible", "perfect"],
     "mood": ["happy", "glad"],
     "verb": ["love", "like"],
 }
 BAD_WORDS = {
-    "adjective": [
-        *["bad", "awful", "terrible", "horrible", "lame"],
-        *["gross", "cold", "broken", "late", "dull"],
-    ],
+    "adjective": ["bad", "awful", "terrible", "horrible", "lame", "gross", "cold", "broken", "late",
+                  "dull"],
     "mood": ["sad", "upset", "angry"],
     "verb": ["hate", "fear"],
 }
 NEUTRAL_WORDS = {
-    "adjective": [
-        "small",
-        "big",
-        "old",
-        "new",
-        "green",
-        "quiet",
-        "short",
-        "plain",
-        "red",
-        "simple",
-    ],
+    "adjective": ["small", "big", "old", "new", "green", "quiet", "short", "plain", "red",
+                  "simple"],
     "mood": ["calm", "quiet", "surprised"],
     "verb": ["see", "know"],
 }
-EOS_TEXT = "<|endoftext|>"
-
-# The tutorial's words. Good ones weigh five times as much as bad ones.
+# The words that --reward sentiment and plain count. Good ones weigh five times as much as bad ones.
 LEXICON = {
-    **{"good": 5, "glad": 5, "like": 5},
-    **{"great": 10, "happy": 10, "awesome": 10, "fun": 10, "super": 10},
-    **{"excellent": 15, "wonderful": 15, "amazing": 15, "love": 15},
-    **{"incredible": 15, "perfect": 15},
-    **{"bad": -1, "lame": -1, "sad": -1},
-    **{"awful": -2, "angry": -2, "gross": -2, "upset": -2},
-    **{"terrible": -3, "horrible": -3, "hate": -3},
+    "good": 5, "glad": 5, "like": 5,
+    "great": 10, "happy": 10, "awesome": 10, "fun": 10, "super": 10,
+    "excellent": 15, "wonderful": 15, "amazing": 15, "love": 15, "incredible": 15, "perfect": 15,
+    "bad": -1, "lame": -1, "sad": -1,
+    "awful": -2, "angry": -2, "gross": -2, "upset": -2,
+    "terrible": -3, "horrible": -3, "hate": -3,
 }
+# fmt: on
+EOS_TEXT = "<|endoftext|>"
 
 
 def write_sentences(count, seed):
@@ -719,9 +703,8 @@ def generate_texts(policy, prompts, noise, temperature, top_k, top_p):
             logits = restrict(logits, likely)
         cumulative = logits.softmax(1).cumsum(1, dtype=torch.float64)
         cumulative = cumulative / cumulative[:, -1:]
-        tokens = torch.searchsorted(
-            cumulative, noise[:, t : t + 1].contiguous(), right=True
-        )  # (B, 1)
+        u = noise[:, t : t + 1].contiguous()
+        tokens = torch.searchsorted(cumulative, u, right=True)  # (B, 1)
         tokens = tokens.clamp(max=logits.shape[1] - 1)  # if the logits are NaN
         tokens = torch.where(ended, eos, tokens)
         ended = ended | (tokens == eos)
@@ -1470,6 +1453,7 @@ def main(args):
             save_checkpoint(run_folder / "checkpoint.pt", state, args)
 
     # Evaluate, save, and only then print: what cannot be printed is not lost.
+    episodes = num_rollouts * args.batch_size
     train_after = evaluate_texts(policy, reference, train_prompts, *evaluation_inputs)
     test_after = evaluate_texts(policy, reference, test_prompts, *evaluation_inputs)
     save_error = None

@@ -85,6 +85,7 @@ def save(reward_model, folder):
     config["label2id"] = {"LABEL_0": 0}
     config["pad_token_id"] = config["eos_token_id"]
     (folder / "config.json").write_text(json.dumps(config, indent=2))
+    reward_model.tokenizer.save(str(folder / "tokenizer.json"))  # without BOS, as it was trained
     weights = load_file(folder / "model.safetensors")
     weights["score.weight"] = reward_model.score.weight.detach()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -96,7 +97,7 @@ def main():
     parser.add_argument("--seed", type=int, default=1, help="of the embedded model too")
     parser.add_argument("--pretrain-steps", type=int, default=500)
     parser.add_argument("--num-pairs", type=int, default=4096)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--annotator-temperature", type=float, default=5.0)
     args = parser.parse_args()

@@ -490,6 +490,13 @@ def test_resuming_takes_nothing_from_the_old_files(tmp_path, uninterrupted):
     assert [event.step for event in events.Scalars("charts/score")] == list(range(8, 49, 8))
 
 
+def test_a_finished_run_is_evaluated_again(uninterrupted, capsys):
+    result = run(**LONG | {"tensorboard": True})
+    folder, _ = checkpoint()
+    again = gpt2.main(gpt2.Args(resume=folder))
+    assert {k: v for k, v in again.items() if k != "seconds"} == result == uninterrupted[1]
+
+
 def test_no_checkpoint_before_the_first(capsys):
     killed(lambda: (die_at(torch.optim.AdamW, "step", 2), run(**LONG, tensorboard=True)))
     (folder,) = Path("runs").iterdir()
