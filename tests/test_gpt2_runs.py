@@ -735,6 +735,10 @@ def test_paths_can_be_strings(tmp_path):
 # ---------------------------------------------------------------- A learned reward
 
 
+def test_a_reward_model_is_no_policy(capsys):
+    stops(SMALL | {"model": str(TINY.parent / "gpt2-tiny-rm")}, "--reward-model", capsys)
+
+
 def test_a_learned_reward_is_maximised_and_the_true_one_logged(monkeypatch):
     """Scores come from the reward model of tests/data, true_score from the words."""
     curves = programs.record_curves(monkeypatch, gpt2)
