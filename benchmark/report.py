@@ -358,22 +358,53 @@ def render(text):
 def draw_learning_curves(plt):
     """Score of the samples against episodes, mean and range over seeds."""
     results = load("runs")
+    more_results = load("stability")
     figure, axes = plt.subplots(figsize=(7, 4))
-    for script in ["ppo.py", "grpo.py", "reinforce.py"]:
+    styles = ["-", "--", ":"]  # so that it can be read in black and white
+    for script, style in zip(["ppo.py", "grpo.py", "reinforce.py"], styles, strict=True):
         if script not in results:
             continue
         curves = column(results[script], "curve")
+        if script in more_results:
+            curves += column(more_results[script], "curve")
         episodes = [step for step, _ in curves[0]]
         points = list(zip(*[[value for _, value in curve] for curve in curves], strict=True))
         lowest = [min(values) for values in points]
         highest = [max(values) for values in points]
-        (line,) = axes.plot(episodes, [mean(values) for values in points], label=script)
+        label = f"{script}, {len(curves)} seeds"
+        (line,) = axes.plot(episodes, [mean(values) for values in points], style, label=label)
         axes.fill_between(episodes, lowest, highest, alpha=0.2, color=line.get_color(), linewidth=0)
     axes.set(xlabel="episodes", ylabel="score of the samples", ylim=(0, 1.01))
     axes.legend(loc="lower right")
     axes.set_title("Learning curves: mean and range over seeds")
     figure.tight_layout()
     figure.savefig(FIGURES / "learning_curves.png", dpi=110)
+
+
+def draw_frontier(plt):
+    """Success against KL: the best possible, best of n, and the ends of the default runs."""
+    found = load("frontier")
+    results = load("runs")
+    if not found:
+        return
+    figure, axes = plt.subplots(figsize=(7, 4))
+    kl, success, _ = zip(*found["optimal"], strict=True)
+    axes.plot(kl, success, "-", color="black", label="π*, any β")
+    kl, success, numbers = zip(*found["best_of_n"], strict=True)
+    axes.plot(kl, success, "o--", color="gray", markersize=4, label="best of n")
+    for x, y, number in zip(kl, success, numbers, strict=True):
+        if number <= 8:
+            axes.annotate(f"{number}", (x, y), xytext=(5, -11), textcoords="offset points")
+    for script, marker in zip(POLICY_SCRIPTS, ["s", "D", "^", "v"], strict=True):
+        if script in results:
+            x = mean(column(results[script], "kl"))
+            y = mean(column(results[script], "success"))
+            axes.plot(x, y, marker, markersize=8, label=script, linestyle="none")
+    axes.set(xlabel="KL to the reference, nats per response", ylabel="held-out success")
+    axes.legend(loc="lower right")
+    axes.set_title("Reward against KL, exact")
+    figure.tight_layout()
+    figure.savefig(FIGURES / "frontier.png", dpi=110)
 
 
 def draw_digits_ladder(plt):
@@ -449,6 +480,7 @@ def main():
 
         FIGURES.mkdir(exist_ok=True)
         draw_learning_curves(plt)
+        draw_frontier(plt)
         draw_digits_ladder(plt)
         draw_reward_hacking(plt)
         print(f"figures: {FIGURES.relative_to(ROOT)}/")

@@ -6,6 +6,8 @@ import math
 import sys
 
 import exact
+import frontier
+import kl_estimators
 import oracle
 import pytest
 import report
@@ -454,3 +456,113 @@ def test_tables_are_made_of_results_and_stay_without_them(tmp_path, monkeypatch)
     assert "| `ppo.py --kl-coef 0.1` | 0.900 ± 0.000 | 0.800 ± 0.000 |" in table
     assert "`python x.py`: seeds 1 to 3" in table and "old" not in table
     assert report.render(table) == table
+
+
+# ---------------------------------------------------------------------------- Frontier, estimators
+def small_reference():
+    torch.manual_seed(3)
+    reference = ppo.GPT()
+    for parameter in reference.parameters():
+        parameter.requires_grad_(False)
+    return reference
+
+
+def test_frontier_is_that_of_the_enumerated_policies():
+    """π* and best-of-n, enumerated response by response, have the success and KL of formulas."""
+    _, _, prompts, targets = ppo.make_prompts("cpu")
+    prompts = prompts[:5]
+    targets = targets[:5]
+    logprobs = exact.response_logprobs(small_reference(), prompts, 1.0)
+    correct = exact.response_table(ppo.reward, targets, exact.all_responses())
+    probs = logprobs.exp()
+    p = (probs * correct).sum(1)
+    for kl_coef in (0.05, 0.3, 2.0):
+        best = (logprobs + correct / kl_coef).log_softmax(1)
+        q = frontier.tilted(p, kl_coef)
+        torch.testing.assert_close((best.exp() * correct).sum(1), q)
+        kl = (best.exp() * (best - logprobs)).sum(1)
+        torch.testing.assert_close(kl, frontier.shifted_kl(q, p), atol=1e-9, rtol=1e-6)
+    for number in (1, 2, 5):
+        # The first correct one of n samples, or the last of n wrong ones.
+        wrong = 1 - p
+        found = sum(wrong**i for i in range(number))[:, None] * probs * correct
+        found = found + (wrong ** (number - 1))[:, None] * probs * (1 - correct)
+        torch.testing.assert_close(found.sum(1), torch.ones_like(p))
+        q = frontier.best_of(p, number)
+        torch.testing.assert_close((found * correct).sum(1), q)
+        kl = torch.special.xlogy(found, found / probs).sum(1)
+        torch.testing.assert_close(kl, frontier.shifted_kl(q, p), atol=1e-9, rtol=1e-6)
+
+
+def test_kl_estimators_against_autograd():
+    """The mean gradients, by automatic differentiation of the expectations that they belong to."""
+    _, _, prompts, _ = ppo.make_prompts("cpu")
+    logprobs = exact.next_token_logprobs(small_reference(), prompts[:1], 1.0)[0]
+    ref_table = kl_estimators.to_table(logprobs)
+    table = (ref_table + torch.randn(ref_table.shape, dtype=torch.float64)).log_softmax(1)
+    rows, mask, responses = kl_estimators.ROWS, kl_estimators.MASK, kl_estimators.RESPONSES
+    torch.testing.assert_close(ref_table[rows], logprobs)
+    probs = kl_estimators.sequence_logprobs(table).exp()
+    assert probs.sum().item() == pytest.approx(1, abs=1e-12)
+    wanted, _ = kl_estimators.exact_gradients(table, ref_table, torch.zeros(len(probs)).double())
+
+    def mean(place, kind):
+        gradients = kl_estimators.sampled_gradients(table, ref_table, place, kind)
+        return kl_estimators.moments(gradients, probs)[0]
+
+    def by_autograd(loss):
+        """Of Σ_y π_old(y) Σ_t loss(new, ref), with π_old constant. loss returns (Y, R)."""
+        logits = table.clone().requires_grad_(True)
+        new = logits.log_softmax(1)[rows]
+        value = torch.where(mask, loss(new, ref_table[rows]), 0.0).sum(1)
+        return torch.autograd.grad((probs * value).sum(), logits)[0]
+
+    def taken(x):
+        return x.gather(2, responses[:, :, None]).squeeze(2)
+
+    def k3_iw(new, ref):
+        d = taken(new - ref)
+        return taken(new - table[rows]).exp() * (torch.exp(-d) - 1 + d)
+
+    losses = {
+        "k1": lambda new, ref: taken(new - ref),
+        "k2": lambda new, ref: taken(new - ref) ** 2 / 2,
+        "k3": lambda new, ref: torch.exp(-taken(new - ref)) - 1 + taken(new - ref),
+        "k3-iw": k3_iw,
+        "full": lambda new, ref: (new.exp() * (new - ref)).sum(2),
+    }
+    for kind, loss in losses.items():
+        torch.testing.assert_close(mean("loss", kind), by_autograd(loss), atol=1e-9, rtol=1e-7)
+    torch.testing.assert_close(mean("reward", "k1"), wanted, atol=1e-9, rtol=1e-7)
+    for kind in ("k1", "k2", "k3", "k3-iw", "full"):
+        assert (mean("loss", kind) - wanted).norm() > 0.05 * wanted.norm()
+    torch.testing.assert_close(mean("loss", "k1"), torch.zeros_like(wanted), atol=1e-9, rtol=0)
+
+
+def test_the_best_policy_as_a_table():
+    _, _, prompts, targets = ppo.make_prompts("cpu")
+    logprobs = exact.next_token_logprobs(small_reference(), prompts[:1], 1.0)[0]
+    ref_table = kl_estimators.to_table(logprobs)
+    responses = kl_estimators.RESPONSES
+    rewards = ppo.reward(targets[0].expand(len(responses)), responses).double()
+    best = kl_estimators.best_table(ref_table, rewards, 0.3)
+    expected = kl_estimators.sequence_logprobs(ref_table) + rewards / 0.3
+    found = kl_estimators.sequence_logprobs(best)
+    torch.testing.assert_close(found, expected.log_softmax(0), atol=1e-9, rtol=1e-9)
+
+
+def test_the_covariance_of_a_gradient_by_definition():
+    torch.manual_seed(4)
+    gradients = torch.randn(1111, 3, 11, dtype=torch.float64)
+    gradients = torch.where(kl_estimators.MASK[:, :, None], gradients, 0.0)
+    probs = torch.rand(1111, dtype=torch.float64).softmax(0)
+    average, variance = kl_estimators.moments(gradients, probs)
+    tables = torch.zeros(1111, kl_estimators.NUM_PREFIXES, 11, dtype=torch.float64)
+    for y in range(1111):
+        for t in range(3):
+            if kl_estimators.MASK[y, t]:
+                tables[y, kl_estimators.ROWS[y, t]] = gradients[y, t]
+    expected = (probs[:, None, None] * tables).sum(0)
+    torch.testing.assert_close(average, expected)
+    spread = (probs[:, None, None] * (tables - expected) ** 2).sum()
+    assert variance.item() == pytest.approx(spread.item(), rel=1e-9)
