@@ -642,4 +642,7 @@ def main(args):
 if __name__ == "__main__":
     # Print each line at once; where the output cannot show a character, print a question mark.
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except OSError as error:  # a full disk, a closed pipe
+        fail(error)

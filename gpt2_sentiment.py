@@ -1509,4 +1509,7 @@ if __name__ == "__main__":
     # Print each line at once; where the output cannot show a character, print a question mark.
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
     rank, _ = rank_and_processes()
-    main(tyro.cli(Args, description=__doc__, console_outputs=rank == 0))
+    try:
+        main(tyro.cli(Args, description=__doc__, console_outputs=rank == 0))
+    except OSError as error:  # a full disk, a closed pipe
+        fail(error)

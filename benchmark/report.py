@@ -374,7 +374,7 @@ def draw_learning_curves(plt):
         label = f"{script}, {len(curves)} seeds"
         (line,) = axes.plot(episodes, [mean(values) for values in points], style, label=label)
         axes.fill_between(episodes, lowest, highest, alpha=0.2, color=line.get_color(), linewidth=0)
-    axes.set(xlabel="episodes", ylabel="score of the samples", ylim=(0, 1.01))
+    axes.set(xlabel="episodes", ylabel="score of the samples", ylim=(0.5, 1.01))
     axes.legend(loc="lower right")
     axes.set_title("Learning curves: mean and range over seeds")
     figure.tight_layout()
@@ -391,7 +391,7 @@ def draw_frontier(plt):
     kl, success, _ = zip(*found["optimal"], strict=True)
     axes.plot(kl, success, "-", color="black", label="π*, any β")
     kl, success, numbers = zip(*found["best_of_n"], strict=True)
-    axes.plot(kl, success, "o--", color="gray", markersize=4, label="best of n")
+    axes.plot(kl, success, "o", color="gray", markersize=5, label="best of n")
     for x, y, number in zip(kl, success, numbers, strict=True):
         if number <= 8:
             axes.annotate(f"{number}", (x, y), xytext=(5, -11), textcoords="offset points")

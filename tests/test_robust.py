@@ -1,6 +1,7 @@
 """What real use does to the scripts of the toy task: consoles, disks, sweeps, users' rewards."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -242,6 +243,31 @@ def test_a_run_ends_well_where_the_output_is_ascii(script):
     done = command(script, *words.split(), env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and done.stderr == b""
     assert Path("saved.pt").exists()
+
+
+@each_with_digits
+def test_a_closed_pipe_ends_a_run_in_one_line(script):
+    words = "--sft-steps 2 --no-tensorboard"
+    if script is digits_sum20:
+        words = "--no-tensorboard --epochs 200 --method rl"
+    line = [sys.executable, str(programs.ROOT / f"{script.__name__}.py"), *words.split()]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 2 and done.stderr == "error: [Errno 32] Broken pipe\n"
+
+
+def test_a_full_disk_under_the_curves_is_one_line(monkeypatch):
+    class Writer(programs.NoWriter):
+        def __init__(self, folder):
+            raise OSError(28, "No space left on device", folder)
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Writer)
+    monkeypatch.setattr(sys, "argv", ["ppo.py", "--sft-steps", "0"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(programs.ROOT / "ppo.py"), run_name="__main__")
+    assert stop.value.code == 2
 
 
 def test_curves_are_on_disk_while_the_run_goes_on(monkeypatch):
