@@ -68,15 +68,11 @@ def seed_range(seeds):
 
 
 def footnote(results):
-    """What stands below a table: command, seeds and machine of these results."""
+    """What stands below a table: the commands and the seeds. Machine and date: provenance_table."""
     commands = sorted({result["command"] for result in results.values()})
-    seeds = sorted({seed_range(column(result, "seed")) for result in results.values()})
-    seeds = " or ".join(seeds)
-    machine = dict(next(iter(results.values()))["machine"])
-    for name in ["date", "commit"]:
-        machine[name] = ", ".join(sorted({r["machine"][name] for r in results.values()}))
     commands = ", ".join(f"`{command}`" for command in commands)
-    return f"{commands}: seeds {seeds}, mean ± standard deviation. {place(machine)}"
+    seeds = sorted({seed_range(column(result, "seed")) for result in results.values()})
+    return f"{commands}: seeds {' or '.join(seeds)}, mean ± standard deviation."
 
 
 def load(name):
@@ -263,7 +259,27 @@ def hacking_table():
         lines.append(row([*cells, spread([run["kl"][-1] for run in runs], 2)]))
     seeds = seed_range(sorted({run["seed"] for run in found["runs"]}))
     note = f"`{found['command']}`: seeds {seeds}, mean ± standard deviation."
-    return "\n".join([*lines, "", f"{note} {place(found['machine'])}"])
+    return "\n".join([*lines, "", note])
+
+
+def provenance_table():
+    """Which command made the numbers of a page, when, from which commit, and on what machine."""
+    rows = set()
+    machines = set()
+    for name in ["runs", "variants", "kl_coef", "stability", "reward_data"]:
+        for result in load(name).values():
+            machine = result["machine"]
+            rows.add((f"`{result['command']}`", machine["date"], machine["commit"]))
+            machines.add("{cpu}, {cores} cores, Python {python}, torch {torch}".format(**machine))
+    for name in ["reward_hacking", "frontier"]:
+        found = load(name)
+        if found:
+            machine = found["machine"]
+            rows.add((f"`{found['command']}`", machine["date"], machine["commit"]))
+    if not rows:
+        return None
+    lines = header(["command", "date", "commit"]) + [row(cells) for cells in sorted(rows)]
+    return "\n".join([*lines, "", f"{'; '.join(sorted(machines))}."])
 
 
 def gpt2_table():
@@ -327,6 +343,7 @@ TABLES = {
     "kl_coef": kl_coef_table,
     "stability": stability_table,
     "hacking": hacking_table,
+    "provenance": provenance_table,
     "gpt2": gpt2_table,
     "digits": digits_table,
 }
