@@ -515,7 +515,7 @@ def train(args, folder, verbose):
 
 
 def make_run_folder(run_name):
-    """Make runs/<run name>, with a number behind it if a run of the same second has the name."""
+    """Make runs/<run name>, with a number appended if a run of the same second has the name."""
     folder = Path("runs", run_name)
     number = 1
     while True:

@@ -1,6 +1,6 @@
 """DPO for language models: learn from preference pairs, without a reward model.
 
-    minimise over π:  L(π) = -E[log σ(β·h)],   h = log π(w|x)/π_ref(w|x) - log π(l|x)/π_ref(l|x)
+    minimise over π:  L(π) = -E[log σ(β·h)],   h = log[π(w|x)/π_ref(w|x)] - log[π(l|x)/π_ref(l|x)]
 
 Each pair has two responses to the prompt x: w was preferred to l. Take gradient steps on the
 pairs in random order. Later rounds add new pairs, sampled from the current policy.
@@ -8,14 +8,14 @@ pairs in random order. Later rounds add new pairs, sampled from the current poli
 DPO: Rafailov et al. 2023 (arXiv:2305.18290). Rounds (iterated, online DPO): Guo et al. 2024
 (arXiv:2402.04792). If A is preferred to B with odds exp((R(A) - R(B)) / τ), the optimum is
 π* ∝ π_ref · exp(R / (τβ)), which also maximises E[R] - τβ · KL(π ‖ π_ref). This holds for the
-sigmoid loss without label smoothing and length normalisation.
+sigmoid loss without label smoothing or length normalisation.
 
 The task: given three digits, write two more and EOS so that all five sum to 20. A small GPT is
 first trained on correct answers (SFT). A frozen copy of it is the reference; DPO trains the
 original. To use your own task or model, replace the sections "Task" and "Model".
 
     python dpo.py                             # held-out success 0.59 -> 0.97 in under a minute
-    python dpo.py --rounds 3                  # the same number of pairs, sampled in three rounds
+    python dpo.py --rounds 3                  # as many pairs in three rounds, twice the steps
     python dpo.py --preferences pairs.jsonl   # learn from a file; --help lists every flag
 """
 
@@ -51,14 +51,14 @@ class Args:
     save_path: Path | None = None  # file for the final weights and the flags
 
     # Training
-    sft_steps: int = 100  # supervised steps before RL; 0 starts from random weights
+    sft_steps: int = 100  # supervised steps that make the reference; 0: random weights
     epochs: int = 4  # passes over the examples
     minibatch_size: int = 512  # examples per gradient step
     learning_rate: float = 2e-3  # peak learning rate; linear warmup over 10%, then linear decay
     max_grad_norm: float = 1.0  # maximum norm for gradient clipping
 
     # Preference pairs
-    preferences: Path | None = None  # JSON lines of preference pairs; without it, an annotator's
+    preferences: Path | None = None  # JSON lines of pairs; default: a simulated annotator's
     num_pairs: int = 73_728  # number of sampled preference pairs, over all rounds
     rounds: int = 1  # rounds of sampling; later ones add pairs from the current policy
     annotator_temperature: float = 0.5  # τ: prefers A to B with odds exp((R(A) - R(B)) / τ)
@@ -121,6 +121,7 @@ def check_args(args):
             rules.append((unused, f"--{flag.replace('_', '-')} has no effect with --preferences"))
     elif args.loss_type == "robust" and 0 < args.annotator_temperature < 1e6:
         # Beyond the annotator's own error rate, σ(-1/τ), the expected loss has no minimum.
+        # (The sigmoid, written so that it cannot overflow.)
         error_rate = 0.5 - 0.5 * math.tanh(0.5 / args.annotator_temperature)
         valid = smoothing < error_rate
         rules.append((valid, f"--loss-type robust: --label-smoothing must be < {error_rate:.3f}"))
@@ -293,8 +294,8 @@ def sft(policy, prompts, responses, steps):
 def evaluate(policy, reference, prompts, targets, temperature):
     """Success rate and KL(policy ‖ reference), in nats per response, of sampled responses.
 
-    Samples 16 responses per prompt. Returns both means and their standard errors, in which the
-    prompts count as sampled too.
+    Samples 16 responses per prompt. Returns both means and their standard errors, computed as if
+    every response had a prompt of its own, drawn at random.
     """
     success = []
     kl = []
@@ -319,9 +320,10 @@ def evaluate(policy, reference, prompts, targets, temperature):
 def sample_preferences(policy, prompts, targets, annotator_temperature):
     """Sample two responses to each prompt and let a noisy annotator say which is better.
 
-    The annotator prefers A to B with probability σ((R(A) - R(B)) / τ) (Bradley–Terry). Two
-    identical responses teach nothing and are dropped, so N is at most the number of prompts.
-    Returns prompts (N, P), chosen (N, R), rejected (N, R) and ties (N,), none of which is true.
+    The annotator prefers A to B with probability σ((reward of A - reward of B) / τ)
+    (Bradley–Terry). Two identical responses teach nothing and are dropped, so N is at most the
+    number of prompts.
+    Returns prompts (N, P), chosen (N, R), rejected (N, R) and ties (N,), all false.
     """
     first = torch.cat([generate(policy, chunk, 1.0) for chunk in prompts.split(256)])
     second = torch.cat([generate(policy, chunk, 1.0) for chunk in prompts.split(256)])
@@ -370,7 +372,8 @@ def read_preferences(path, test_prompts):
     """Read preference pairs from a file of JSON lines, in the layout of sample_preferences.
 
     Leaves out pairs of held-out prompts (so that the evaluation stays clean) and pairs of
-    identical responses that are no tie, and prints their number. A bad line ends the program.
+    identical responses that are not marked as ties, and prints their number. A bad line ends the
+    program.
     """
     held_out = {tuple(prompt) for prompt in test_prompts.tolist()}
     preferences = []
@@ -407,7 +410,8 @@ def pair_logprobs(gpt, prompts, chosen, rejected, length_normalize):
     """log π(y|x) of the chosen and of the rejected responses, both (B,), in one forward pass.
 
     With length_normalize, the mean per token instead of the sum. That is another objective: long
-    responses no longer count for more, but π(y|x) is a product, so the optimum given above is lost.
+    responses no longer count for more, but h is then not the difference of log-ratios of responses,
+    and the optimum at the top of this file does not hold.
     """
     responses = torch.cat([chosen, rejected])  # (2B, R)
     mask = response_mask(responses)
@@ -484,7 +488,7 @@ def dpo_loss(chosen_logratios, rejected_logratios, ties, beta, loss_type, label_
 
 # ---------------------------------------------------------------------------- Training
 def make_run_folder(run_name):
-    """Make runs/<run name>, with a number behind it if a run of the same second has the name."""
+    """Make runs/<run name>, with a number appended if a run of the same second has the name."""
     folder = Path("runs", run_name)
     number = 1
     while True:
@@ -498,7 +502,7 @@ def make_run_folder(run_name):
 
 def save(path, contents):
     """Write a file whole or not at all. If that fails, end the program with one line."""
-    path = Path(path).resolve()  # where path is a link, the file that it leads to
+    path = Path(path).resolve()  # if path is a link, its target
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         torch.save(contents, part)
@@ -540,7 +544,7 @@ def main(args):
     loop_start_time = time.time()
     pairs_seen = 0
     for round_number in range(1, args.rounds + 1):
-        # 1. Preference pairs: in the first round, the policy still is the reference.
+        # 1. Preference pairs: in the first round, the policy is still the reference.
         if args.preferences is None:
             pairs_per_round = args.num_pairs // args.rounds
             rows = torch.randint(len(train_prompts), (pairs_per_round,), device=device)
@@ -601,8 +605,9 @@ def main(args):
                 if not grad_norm.isfinite():
                     fail(f"gradient not finite in step {step}; lower --learning-rate")
                 seconds = time.time() - loop_start_time
-                rounds_left = args.rounds - round_number + 1 - step / num_steps
-                seconds_left = seconds * rounds_left / (args.rounds - rounds_left)
+                # Round k trains on the pairs of k rounds, so it takes k times as long as the first.
+                done = (round_number - 1) * round_number / 2 + round_number * step / num_steps
+                seconds_left = seconds * (args.rounds * (args.rounds + 1) / 2 - done) / done
                 means = {}
                 for name in metrics:
                     means[name] = torch.stack([step_means[name] for step_means in steps]).mean()

@@ -74,12 +74,12 @@ class Args:
     learning_rate: float | None = None  # peak; default 3e-4, for a loaded model 3.2e-4/sqrt(width)
     max_grad_norm: float = 1.0  # maximum norm for gradient clipping
     response_length: int = 20  # maximum number of response tokens
-    temperature: float = 1.0  # sampling temperature; log-probabilities are computed at it too
+    temperature: float = 1.0  # sampling temperature; also used for log-probabilities
     top_k: int = 0  # sample from the k likeliest tokens; 0 = from all
     top_p: float = 1.0  # sample from the fewest likeliest tokens with this total probability
 
     # PPO
-    kl_coef: float = 3.0  # β: reward subtracted per nat of KL(policy ‖ reference)
+    kl_coef: float = 3.0  # β: price of a nat of KL(policy ‖ reference), in units of reward
     kl_target: float | None = 4.0  # adapt β until KL is this many nats per response
     kl_horizon: int = 500  # episodes over which the adaptive β reacts
     gamma: float = 1.0  # discount per token; usually 1, since the score is paid at the end
@@ -93,7 +93,7 @@ class Args:
     whiten_rewards: bool = True  # divide rewards by their standard deviation in each rollout
     normalize_advantages: bool = True  # whiten advantages over each rollout
     advantage_clip: float | None = None  # clip advantages to ± this, after any whitening
-    target_kl: float | None = None  # end a rollout's epochs once KL(π_old ‖ π) exceeds this
+    target_kl: float | None = None  # after each epoch, stop if KL(π_old ‖ π) exceeds this
 
     def __post_init__(self):
         for name in ["save_dir", "resume", "prompts", "lexicon", "reward_model"]:
@@ -767,7 +767,7 @@ def masked_mean(x, mask):
 
 
 def whiten(x, mask):
-    """Normalise x (B, R) to mean 0 and variance 1 (over N) of the unmasked tokens; 0 elsewhere."""
+    """Give the unmasked tokens of x (B, R) mean 0 and variance 1 (divided by N); 0 elsewhere."""
     mean = masked_mean(x, mask)
     std = masked_mean((x - mean) ** 2, mask).sqrt()
     return torch.where(mask, (x - mean) / (std + 1e-8), 0.0)
@@ -935,9 +935,9 @@ def compute_gae(rewards, values, mask, gamma, gae_lambda):
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip_coef):
     """Clipped surrogate objective (Schulman et al. 2017, eq. 7), negated. All inputs (B, R).
 
-    Summed over tokens, averaged over responses: at π = π_old, and with unbiased advantages, its
-    gradient is exactly the policy gradient of J. A mean over the tokens of each response would
-    instead give the tokens of short responses more weight.
+    Summed over tokens, averaged over responses: at π = π_old, and with unbiased advantages (γ = 1),
+    its expected gradient is that of -J. A mean over the tokens of each response would instead give
+    the tokens of short responses more weight.
     """
     logratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     ratio = logratio.exp()
@@ -948,13 +948,13 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip_coef):
             # KL(π_old ‖ π) by the k3 estimator, http://joschu.net/blog/kl-approx.html
             "approx_kl": masked_mean(ratio - 1 - logratio, mask),
             "clipfrac": masked_mean(((ratio - 1).abs() > clip_coef).float(), mask),
-            "ratio": masked_mean(ratio, mask),  # exactly 1 at a rollout's first gradient step
+            "ratio": masked_mean(ratio, mask),  # 1, up to rounding, at a rollout's first step
         }
     return -masked_sum(objective, mask).mean(), metrics
 
 
 def value_loss(values, old_values, returns, mask, value_clip):
-    """Half the squared error of the values, clipped to within value_clip of the old ones."""
+    """Half the larger squared error: of the values, or clipped to within value_clip of the old."""
     clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
     error = torch.where(mask, values - returns, 0.0)
     clipped_error = torch.where(mask, clipped - returns, 0.0)
@@ -1187,7 +1187,7 @@ def load_checkpoint(run):
 
 # ---------------------------------------------------------------------------- Training
 def make_run_folder(run_name):
-    """Make runs/<run name>, with a number behind it if a run of the same second has the name."""
+    """Make runs/<run name>, with a number appended if a run of the same second has the name."""
     folder = Path("runs", run_name)
     number = 1
     while True:

@@ -8,7 +8,7 @@ its score minus the group's mean; take a few gradient steps on the clipped proba
 
 GRPO: Shao et al. 2024 (arXiv:2402.03300). As published: `--scale-rewards group --kl-estimator k3`.
 Left out: rewards per reasoning step, and new references and reward models during training.
-`--loss-type dr-grpo` and `dapo` are one part of these papers each: how tokens are averaged.
+`--loss-type dr-grpo` and `dapo` take one part of each paper: how tokens are averaged.
 Dr. GRPO (arXiv:2503.20783) also has `--scale-rewards none --kl-coef 0`; DAPO (arXiv:2503.14476)
 `--scale-rewards group --kl-coef 0 --clip-coef-high 0.28`. Left out of DAPO: dynamic sampling and
 the penalty for overlong responses.
@@ -50,7 +50,7 @@ class Args:
     save_path: Path | None = None  # file for the final weights and the flags
 
     # Training
-    sft_steps: int = 100  # supervised steps before RL; 0 starts from random weights
+    sft_steps: int = 100  # supervised steps that make the reference; 0: random weights
     reward_model: Path | None = None  # maximise the score of a model saved by reward_model.py
     total_episodes: int = 112_640  # total number of sampled responses
     batch_size: int = 512  # responses per rollout
@@ -58,15 +58,15 @@ class Args:
     num_minibatches: int = 4  # gradient steps per pass
     learning_rate: float = 7e-4  # peak learning rate; linear warmup over 10%, then linear decay
     max_grad_norm: float = 1.0  # maximum norm for gradient clipping
-    temperature: float = 1.0  # sampling temperature; log-probabilities are computed at it too
+    temperature: float = 1.0  # sampling temperature; also used for log-probabilities
 
     # GRPO
     group_size: int = 4  # responses per prompt
-    kl_coef: float = 0.05  # β: reward subtracted per nat of KL(policy ‖ reference)
+    kl_coef: float = 0.05  # β: price of a nat of KL(policy ‖ reference), in units of reward
     loss_type: Literal["grpo", "dr-grpo", "dapo", "gspo", "cispo"] = "grpo"  # see grpo_loss
-    scale_rewards: Literal["none", "group", "batch"] = "none"  # divide by whose standard deviation
+    scale_rewards: Literal["none", "group", "batch"] = "none"  # divide by this standard deviation
     clip_coef: float = 0.2  # ε: clipping range of the probability ratio π/π_old
-    clip_coef_high: float | None = None  # upper ε (cispo reads no other); default: --clip-coef
+    clip_coef_high: float | None = None  # upper ε, the only one that cispo uses; default: ε
     kl_estimator: Literal["k2", "k3", "k3-iw", "full"] = "k3-iw"  # of the KL in the loss
 
 
@@ -211,14 +211,14 @@ class RewardModel(nn.Module):
     """Prompts (B, P) and responses (B, R) to scores (B,), learned by reward_model.py.
 
     The score is the mean of an ensemble of K members, minus uncertainty_coef times their standard
-    deviation (over K): a lower confidence bound. With it, scores are a little random, since they
-    depend on a few responses sampled from the reference.
+    deviation (divided by K): a lower confidence bound. With a coefficient above 0, scores are a
+    little random, since they depend on a few responses sampled from the reference.
     """
 
     def __init__(self, ensemble_size, uncertainty_coef):
         super().__init__()
         self.members = nn.ModuleList([GPT(outputs=1) for _ in range(ensemble_size)])
-        self.reference = GPT()  # its responses show the constant of each member per prompt
+        self.reference = GPT()  # samples the responses from which the constants are estimated
         self.uncertainty_coef = uncertainty_coef
 
     def member_scores(self, prompts, responses):
@@ -228,9 +228,9 @@ class RewardModel(nn.Module):
         scores = self.member_scores(prompts, responses)  # (K, B)
         if self.uncertainty_coef == 0:
             return scores.mean(0)
-        # Preferences leave every member a constant of its own per prompt, which says nothing about
-        # the response. To keep it out of the deviation, subtract from the scores of each member its
-        # mean score of four responses of the reference to the same prompt.
+        # The loss sees only differences between responses to one prompt, so each member may add any
+        # constant per prompt. To keep it out of the deviation, subtract each member's mean score of
+        # four responses of the reference to the same prompt.
         mean_scores = torch.zeros_like(scores)
         for _ in range(4):
             samples = generate(self.reference, prompts, 1.0)
@@ -346,8 +346,8 @@ def sft(policy, prompts, responses, steps):
 def evaluate(policy, reference, prompts, targets, temperature):
     """Success rate and KL(policy ‖ reference), in nats per response, of sampled responses.
 
-    Samples 16 responses per prompt. Returns both means and their standard errors, in which the
-    prompts count as sampled too.
+    Samples 16 responses per prompt. Returns both means and their standard errors, computed as if
+    every response had a prompt of its own, drawn at random.
     """
     success = []
     kl = []
@@ -373,17 +373,17 @@ def evaluate(policy, reference, prompts, targets, temperature):
 def group_advantages(scores, group_size, scale_rewards):
     """Score minus the mean score of the group. scores: (B,), groups adjacent; returns (B,).
 
-    Then divided, or not, by a standard deviation (over N) of the scores:
+    Then divided, or not, by a standard deviation (divided by N) of the scores:
     none   (arXiv:2503.20783): the policy gradient, but each response counts in the mean that it is
            compared with. The expected gradient of the reward shrinks to (G-1)/G of the true one,
            and β acts like β·G/(G-1). To undo this, multiply --kl-coef by (G-1)/G.
     group  (arXiv:2402.03300): of the group. Raises the weight of prompts that are nearly always or
-           nearly never solved, and so moves the maximum of J.
+           nearly never solved, so training no longer aims at the maximum of J.
     batch  (arXiv:2508.08221): of the batch. Scales all prompts alike: only β changes its meaning.
     """
     groups = scores.view(-1, group_size)
-    # Measured from the group's lowest score, equal scores have an advantage of exactly 0. Without
-    # this a rounding error (the mean of three 0.1 isn't 0.1) would be divided by a tiny deviation.
+    # Subtract the group's lowest score first, so that equal scores give an advantage of exactly 0.
+    # A rounding error (the mean of three 0.9 isn't 0.9) would be divided by a tiny deviation.
     groups = groups - groups.amin(1, keepdim=True)
     advantages = groups - groups.mean(1, keepdim=True)
     if scale_rewards == "group":
@@ -399,8 +399,8 @@ def token_weights(mask, loss_type):
     grpo, gspo:   mean over the tokens of each response, then over responses (arXiv:2402.03300,
                   eq. 3; arXiv:2507.18071, eq. 5). Tokens of short responses count more.
     dr-grpo:      sum over tokens divided by the constant R (arXiv:2503.20783).
-    dapo, cispo:  mean over all tokens of the rollout (arXiv:2503.14476, eq. 8; arXiv:2506.13585,
-                  eq. 4). All tokens count alike, as for dr-grpo.
+    dapo, cispo:  mean over all tokens of the rollout (in arXiv:2503.14476, eq. 8, and
+                  arXiv:2506.13585, eq. 4, of the group). All tokens count alike, as for dr-grpo.
     """
     lengths = mask.sum(1).float()
     if loss_type in ("grpo", "gspo"):
@@ -443,7 +443,7 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, weights, loss_type, clip
             "approx_kl": masked_mean(token_ratio - 1 - logratio, mask),
             # share of tokens whose ratio is clipped; for gspo this is the ratio of the response
             "clipfrac": masked_mean((ratio != clipped).float(), mask),
-            "ratio": masked_mean(token_ratio, mask),  # exactly 1 at a rollout's first gradient step
+            "ratio": masked_mean(token_ratio, mask),  # 1, up to rounding, at a rollout's first step
         }
     return -(masked_sum(objective, mask) * weights).mean(), metrics
 
@@ -454,10 +454,11 @@ def kl_penalty(logprobs, old_logprobs, ref_logprobs, mask, kl_estimator):
     With d = log π - log π_ref. What counts in a loss is its expected gradient, token by token:
     k1     d: zero, so it is not offered.
     k2     d²/2: that of KL(π ‖ π_ref), as long as π = π_old.
-    k3     exp(-d) - 1 + d: that of the reverse KL(π_ref ‖ π), as long as π = π_old.
+    k3     exp(-d) - 1 + d: that of KL(π_ref ‖ π), the other direction, as long as π = π_old.
     k3-iw  k3 · π/π_old, importance-weighted: that of KL(π ‖ π_ref), also after π has moved
            (DeepSeek-V3.2, arXiv:2512.02556).
-    full   token_kl, not this function: that of KL(π ‖ π_ref), without sampling noise.
+    full   token_kl, not this function: that of KL(π ‖ π_ref), without the noise of
+           sampling this token.
 
     A per-token KL loss ignores a token's effect on later prefixes; charging k1 in the reward
     (ppo.py, reinforce.py) accounts for it.
@@ -474,7 +475,7 @@ def kl_penalty(logprobs, old_logprobs, ref_logprobs, mask, kl_estimator):
 
 # ---------------------------------------------------------------------------- Training
 def make_run_folder(run_name):
-    """Make runs/<run name>, with a number behind it if a run of the same second has the name."""
+    """Make runs/<run name>, with a number appended if a run of the same second has the name."""
     folder = Path("runs", run_name)
     number = 1
     while True:
@@ -488,7 +489,7 @@ def make_run_folder(run_name):
 
 def save(path, contents):
     """Write a file whole or not at all. If that fails, end the program with one line."""
-    path = Path(path).resolve()  # where path is a link, the file that it leads to
+    path = Path(path).resolve()  # if path is a link, its target
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         torch.save(contents, part)
@@ -627,7 +628,7 @@ def main(args):
             for name in metrics:
                 mean = torch.stack([step[name] for step in steps]).mean()
                 writer.add_scalar(f"losses/{name}", mean, episodes)
-            # The share of groups whose scores are all equal: they teach nothing.
+            # The share of groups whose scores are all equal: they have no policy gradient.
             equal = (advantages.view(-1, args.group_size) == 0).all(1)
             writer.add_scalar("charts/equal_groups", equal.float().mean(), episodes)
         recent_scores.append(score)

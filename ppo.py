@@ -46,7 +46,7 @@ class Args:
     save_path: Path | None = None  # file for the final weights and the flags
 
     # Training
-    sft_steps: int = 100  # supervised steps before RL; 0 starts from random weights
+    sft_steps: int = 100  # supervised steps that make the reference; 0: random weights
     reward_model: Path | None = None  # maximise the score of a model saved by reward_model.py
     total_episodes: int = 122_880  # total number of sampled responses
     batch_size: int = 256  # responses per rollout
@@ -54,10 +54,10 @@ class Args:
     num_minibatches: int = 2  # gradient steps per pass
     learning_rate: float = 7e-4  # peak learning rate; linear warmup over 10%, then linear decay
     max_grad_norm: float = 1.0  # maximum norm for gradient clipping
-    temperature: float = 1.0  # sampling temperature; log-probabilities are computed at it too
+    temperature: float = 1.0  # sampling temperature; also used for log-probabilities
 
     # PPO
-    kl_coef: float = 0.05  # β: reward subtracted per nat of KL(policy ‖ reference)
+    kl_coef: float = 0.05  # β: price of a nat of KL(policy ‖ reference), in units of reward
     gamma: float = 1.0  # discount per token; usually 1, since the score is paid at the end
     gae_lambda: float = 0.95  # GAE λ: 1 = Monte Carlo returns (unbiased), 0 = one-step TD
     clip_coef: float = 0.2  # ε: clipping range of the probability ratio π/π_old
@@ -67,7 +67,7 @@ class Args:
     ent_coef: float = 0.0  # entropy bonus
     normalize_advantages: bool = False  # whiten advantages over each rollout
     advantage_clip: float | None = None  # clip advantages to ± this, after any whitening
-    target_kl: float | None = None  # end a rollout's epochs once KL(π_old ‖ π) exceeds this
+    target_kl: float | None = None  # after each epoch, stop if KL(π_old ‖ π) exceeds this
 
 
 def is_writable(folder):
@@ -218,14 +218,14 @@ class RewardModel(nn.Module):
     """Prompts (B, P) and responses (B, R) to scores (B,), learned by reward_model.py.
 
     The score is the mean of an ensemble of K members, minus uncertainty_coef times their standard
-    deviation (over K): a lower confidence bound. With it, scores are a little random, since they
-    depend on a few responses sampled from the reference.
+    deviation (divided by K): a lower confidence bound. With a coefficient above 0, scores are a
+    little random, since they depend on a few responses sampled from the reference.
     """
 
     def __init__(self, ensemble_size, uncertainty_coef):
         super().__init__()
         self.members = nn.ModuleList([GPT(outputs=1) for _ in range(ensemble_size)])
-        self.reference = GPT()  # its responses show the constant of each member per prompt
+        self.reference = GPT()  # samples the responses from which the constants are estimated
         self.uncertainty_coef = uncertainty_coef
 
     def member_scores(self, prompts, responses):
@@ -235,9 +235,9 @@ class RewardModel(nn.Module):
         scores = self.member_scores(prompts, responses)  # (K, B)
         if self.uncertainty_coef == 0:
             return scores.mean(0)
-        # Preferences leave every member a constant of its own per prompt, which says nothing about
-        # the response. To keep it out of the deviation, subtract from the scores of each member its
-        # mean score of four responses of the reference to the same prompt.
+        # The loss sees only differences between responses to one prompt, so each member may add any
+        # constant per prompt. To keep it out of the deviation, subtract each member's mean score of
+        # four responses of the reference to the same prompt.
         mean_scores = torch.zeros_like(scores)
         for _ in range(4):
             samples = generate(self.reference, prompts, 1.0)
@@ -337,7 +337,7 @@ def masked_mean(x, mask):
 
 
 def whiten(x, mask):
-    """Normalise x (B, R) to mean 0 and variance 1 (over N) of the unmasked tokens; 0 elsewhere."""
+    """Give the unmasked tokens of x (B, R) mean 0 and variance 1 (divided by N); 0 elsewhere."""
     mean = masked_mean(x, mask)
     std = masked_mean((x - mean) ** 2, mask).sqrt()
     return torch.where(mask, (x - mean) / (std + 1e-8), 0.0)
@@ -360,8 +360,8 @@ def sft(policy, prompts, responses, steps):
 def evaluate(policy, reference, prompts, targets, temperature):
     """Success rate and KL(policy ‖ reference), in nats per response, of sampled responses.
 
-    Samples 16 responses per prompt. Returns both means and their standard errors, in which the
-    prompts count as sampled too.
+    Samples 16 responses per prompt. Returns both means and their standard errors, computed as if
+    every response had a prompt of its own, drawn at random.
     """
     success = []
     kl = []
@@ -410,9 +410,9 @@ def compute_gae(rewards, values, mask, gamma, gae_lambda):
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip_coef):
     """Clipped surrogate objective (Schulman et al. 2017, eq. 7), negated. All inputs (B, R).
 
-    Summed over tokens, averaged over responses: at π = π_old, and with unbiased advantages, its
-    gradient is exactly the policy gradient of J. A mean over the tokens of each response would
-    instead give the tokens of short responses more weight.
+    Summed over tokens, averaged over responses: at π = π_old, and with unbiased advantages (γ = 1),
+    its expected gradient is that of -J. A mean over the tokens of each response would instead give
+    the tokens of short responses more weight.
     """
     logratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     ratio = logratio.exp()
@@ -423,7 +423,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip_coef):
             # KL(π_old ‖ π) by the k3 estimator, http://joschu.net/blog/kl-approx.html
             "approx_kl": masked_mean(ratio - 1 - logratio, mask),
             "clipfrac": masked_mean(((ratio - 1).abs() > clip_coef).float(), mask),
-            "ratio": masked_mean(ratio, mask),  # exactly 1 at a rollout's first gradient step
+            "ratio": masked_mean(ratio, mask),  # 1, up to rounding, at a rollout's first step
         }
     return -masked_sum(objective, mask).mean(), metrics
 
@@ -441,7 +441,7 @@ def dual_clip_loss(logprobs, old_logprobs, advantages, mask, clip_coef, dual_cli
 
 
 def value_loss(values, old_values, returns, mask, value_clip):
-    """Half the squared error of the values, clipped to within value_clip of the old ones."""
+    """Half the larger squared error: of the values, or clipped to within value_clip of the old."""
     clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
     error = torch.where(mask, values - returns, 0.0)
     clipped_error = torch.where(mask, clipped - returns, 0.0)
@@ -450,7 +450,7 @@ def value_loss(values, old_values, returns, mask, value_clip):
 
 # ---------------------------------------------------------------------------- Training
 def make_run_folder(run_name):
-    """Make runs/<run name>, with a number behind it if a run of the same second has the name."""
+    """Make runs/<run name>, with a number appended if a run of the same second has the name."""
     folder = Path("runs", run_name)
     number = 1
     while True:
@@ -464,7 +464,7 @@ def make_run_folder(run_name):
 
 def save(path, contents):
     """Write a file whole or not at all. If that fails, end the program with one line."""
-    path = Path(path).resolve()  # where path is a link, the file that it leads to
+    path = Path(path).resolve()  # if path is a link, its target
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         torch.save(contents, part)

@@ -49,17 +49,17 @@ class Args:
     save_path: Path | None = None  # file for the final weights and the flags
 
     # Training
-    sft_steps: int = 100  # supervised steps before RL; 0 starts from random weights
+    sft_steps: int = 100  # supervised steps that make the reference; 0: random weights
     reward: Literal["outcome", "process"] = "outcome"  # process: half is for the first digit
     total_episodes: int = 163_840  # total number of sampled responses
     batch_size: int = 256  # responses per rollout
     group_size: int = 4  # responses per prompt
     learning_rate: float = 8e-4  # peak learning rate; linear warmup over 10%, then linear decay
     max_grad_norm: float = 1.0  # maximum norm for gradient clipping
-    temperature: float = 1.0  # sampling temperature; log-probabilities are computed at it too
+    temperature: float = 1.0  # sampling temperature; also used for log-probabilities
 
     # REINFORCE
-    kl_coef: float = 0.05  # β: reward subtracted per nat of KL(policy ‖ reference)
+    kl_coef: float = 0.05  # β: price of a nat of KL(policy ‖ reference), in units of reward
     gamma: float = 1.0  # discount per token; usually 1, since the score is paid at the end
     baseline: Baseline = "leave-one-out"  # subtracted from the returns to reduce noise
     vf_coef: float = 0.1  # weight of the value loss
@@ -303,8 +303,8 @@ def sft(policy, prompts, responses, steps):
 def evaluate(policy, reference, prompts, targets, temperature):
     """Success rate and KL(policy ‖ reference), in nats per response, of sampled responses.
 
-    Samples 16 responses per prompt. Returns both means and their standard errors, in which the
-    prompts count as sampled too.
+    Samples 16 responses per prompt. Returns both means and their standard errors, computed as if
+    every response had a prompt of its own, drawn at random.
     """
     success = []
     kl = []
@@ -374,8 +374,8 @@ def rwr_weights(returns, temperature, top_fraction):
 
     Proportional to exp(return / temperature) for the best fraction of the responses (and
     ties), 0 for the rest; they sum to 1. If all are kept, the best fit to the weighted responses
-    is π_new ∝ π · exp(return / temperature). That is π itself only if all responses have the
-    same return: since the KL is part of the return, only at the maximum of J.
+    is π_new ∝ π · exp(return / temperature). That is π itself only if all responses to a prompt
+    have the same return: since the KL is part of the return, only at the maximum of J.
     """
     num_kept = math.ceil(top_fraction * len(returns))
     lowest = returns.topk(num_kept).values[-1]
@@ -384,7 +384,7 @@ def rwr_weights(returns, temperature, top_fraction):
 
 # ---------------------------------------------------------------------------- Training
 def make_run_folder(run_name):
-    """Make runs/<run name>, with a number behind it if a run of the same second has the name."""
+    """Make runs/<run name>, with a number appended if a run of the same second has the name."""
     folder = Path("runs", run_name)
     number = 1
     while True:
@@ -398,7 +398,7 @@ def make_run_folder(run_name):
 
 def save(path, contents):
     """Write a file whole or not at all. If that fails, end the program with one line."""
-    path = Path(path).resolve()  # where path is a link, the file that it leads to
+    path = Path(path).resolve()  # if path is a link, its target
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         torch.save(contents, part)

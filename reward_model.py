@@ -56,13 +56,13 @@ class Args:
     save_path: Path | None = None  # file for the final weights and the flags
 
     # Feedback
-    sft_steps: int = 100  # supervised steps before RL; 0 starts from random weights
+    sft_steps: int = 100  # supervised steps that make the reference; 0: random weights
     policy: Path | None = None  # judge responses of this saved policy, instead of the reference's
     learn_from: Literal["preferences", "labels", "demonstrations"] = "preferences"  # see above
     num_examples: int = 32_768  # preference pairs, labelled responses or demonstrations
     num_samples: int = 3  # policy samples that each demonstration is compared with
     annotator_temperature: float = 0.5  # τ: prefers A to B with odds exp((R(A) - R(B)) / τ)
-    preferences: Path | None = None  # JSON lines of preference pairs; without it, an annotator's
+    preferences: Path | None = None  # JSON lines of pairs; default: a simulated annotator's
     annotate: int | None = None  # judge pairs yourself until --preferences has this many, then stop
 
     # Training
@@ -236,14 +236,14 @@ class RewardModel(nn.Module):
     """Prompts (B, P) and responses (B, R) to scores (B,), learned by reward_model.py.
 
     The score is the mean of an ensemble of K members, minus uncertainty_coef times their standard
-    deviation (over K): a lower confidence bound. With it, scores are a little random, since they
-    depend on a few responses sampled from the reference.
+    deviation (divided by K): a lower confidence bound. With a coefficient above 0, scores are a
+    little random, since they depend on a few responses sampled from the reference.
     """
 
     def __init__(self, ensemble_size, uncertainty_coef):
         super().__init__()
         self.members = nn.ModuleList([GPT(outputs=1) for _ in range(ensemble_size)])
-        self.reference = GPT()  # its responses show the constant of each member per prompt
+        self.reference = GPT()  # samples the responses from which the constants are estimated
         self.uncertainty_coef = uncertainty_coef
 
     def member_scores(self, prompts, responses):
@@ -253,9 +253,9 @@ class RewardModel(nn.Module):
         scores = self.member_scores(prompts, responses)  # (K, B)
         if self.uncertainty_coef == 0:
             return scores.mean(0)
-        # Preferences leave every member a constant of its own per prompt, which says nothing about
-        # the response. To keep it out of the deviation, subtract from the scores of each member its
-        # mean score of four responses of the reference to the same prompt.
+        # The loss sees only differences between responses to one prompt, so each member may add any
+        # constant per prompt. To keep it out of the deviation, subtract each member's mean score of
+        # four responses of the reference to the same prompt.
         mean_scores = torch.zeros_like(scores)
         for _ in range(4):
             samples = generate(self.reference, prompts, 1.0)
@@ -361,9 +361,10 @@ def load_policy(path, device):
 def sample_preferences(policy, prompts, targets, annotator_temperature):
     """Sample two responses to each prompt and let a noisy annotator say which is better.
 
-    The annotator prefers A to B with probability σ((R(A) - R(B)) / τ) (Bradley–Terry). Two
-    identical responses teach nothing and are dropped, so N is at most the number of prompts.
-    Returns prompts (N, P), chosen (N, R), rejected (N, R) and ties (N,), none of which is true.
+    The annotator prefers A to B with probability σ((reward of A - reward of B) / τ)
+    (Bradley–Terry). Two identical responses teach nothing and are dropped, so N is at most the
+    number of prompts.
+    Returns prompts (N, P), chosen (N, R), rejected (N, R) and ties (N,), all false.
     """
     first = torch.cat([generate(policy, chunk, 1.0) for chunk in prompts.split(256)])
     second = torch.cat([generate(policy, chunk, 1.0) for chunk in prompts.split(256)])
@@ -412,7 +413,8 @@ def read_preferences(path, test_prompts):
     """Read preference pairs from a file of JSON lines, in the layout of sample_preferences.
 
     Leaves out pairs of held-out prompts (so that the evaluation stays clean) and pairs of
-    identical responses that are no tie, and prints their number. A bad line ends the program.
+    identical responses that are not marked as ties, and prints their number. A bad line ends the
+    program.
     """
     held_out = {tuple(prompt) for prompt in test_prompts.tolist()}
     preferences = []
@@ -543,8 +545,9 @@ def demonstration_loss(scores, log_weights):
 def normalise(members, prompts, responses):
     """Shift and scale the scores to mean 0 and standard deviation 1 on these responses.
 
-    Only differences between scores matter. In this unit a --kl-coef means the same with every
-    reward model. The members share one scale, since all were trained in units of τ.
+    Only differences between scores matter. In this unit a --kl-coef means roughly the same
+    with every reward model; the constants per prompt count in the deviation, too. The members
+    share one scale, since the scores of each tend to R/τ.
     """
     scores = torch.stack([response_scores(gpt, prompts, responses) for gpt in members])  # (K, B)
     std = scores.mean(0).std(correction=0)
@@ -667,7 +670,7 @@ def annotate(policy, prompts, path, number):
 
 # ---------------------------------------------------------------------------- Training
 def make_run_folder(run_name):
-    """Make runs/<run name>, with a number behind it if a run of the same second has the name."""
+    """Make runs/<run name>, with a number appended if a run of the same second has the name."""
     folder = Path("runs", run_name)
     number = 1
     while True:
@@ -681,7 +684,7 @@ def make_run_folder(run_name):
 
 def save(path, contents):
     """Write a file whole or not at all. If that fails, end the program with one line."""
-    path = Path(path).resolve()  # where path is a link, the file that it leads to
+    path = Path(path).resolve()  # if path is a link, its target
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         torch.save(contents, part)

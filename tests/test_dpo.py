@@ -5,7 +5,9 @@ import json
 import math
 import random
 import re
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import oracle
 import programs
@@ -808,7 +810,8 @@ def test_each_round_has_its_own_schedule_and_its_share_of_the_logs(monkeypatch, 
     monkeypatch.setattr(
         dpo, "sample_preferences", lambda *_: dpo.read_preferences(path, NO_PROMPTS)
     )
-    programs.tick(monkeypatch, dpo)
+    clock = SimpleNamespace(time=lambda: float(len(rates)), strftime=time.strftime)
+    monkeypatch.setattr(dpo, "time", clock)  # a second per step
     run(rounds=2, num_pairs=40, minibatch_size=1, epochs=1, learning_rate=0.01, sft_steps=0)
     expected = []
     for num_steps, warmup in ((20, 2), (40, 4)):
@@ -818,8 +821,7 @@ def test_each_round_has_its_own_schedule_and_its_share_of_the_logs(monkeypatch, 
     assert rates == pytest.approx(expected)
     progress = re.findall(PROGRESS, capsys.readouterr().out)
     assert [int(row[0]) for row in progress] == [*range(2, 21, 2), *range(24, 61, 4)]
-    # One second passes between two logs, and a log is a twentieth of the two rounds.
-    assert [int(row[5]) for row in progress] == [*range(19, -1, -1)]
+    assert [int(row[5]) for row in progress] == [60 - int(row[0]) for row in progress]
 
 
 def test_gradients_are_clipped_to_the_flag(monkeypatch):
