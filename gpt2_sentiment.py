@@ -5,7 +5,7 @@
 ppo.py on text: GPT-2 with a tokenizer, prompts of different lengths, a reward that reads the
 response, and a β that adapts to a target KL. By default a small GPT-2 is first pretrained on
 sentences of a grammar in this file; --model takes any GPT-2 from the Hugging Face hub or from a
-directory. To use your own task, replace the section "Task".
+directory. For your own task, give --prompts and edit score_texts.
 
 PPO: Schulman et al. 2017 (arXiv:1707.06347). On language models, with an adaptive KL penalty:
 Ziegler et al. 2019 (arXiv:1909.08593).
@@ -37,7 +37,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # imported later, it would keep the gloo threads alive at exit
+import torch.distributed.nn  # not used here; if torch imports it later, gloo's threads outlive us
 import torch.nn.functional as F
 import tyro
 from safetensors.torch import load_file, save_file
@@ -80,8 +80,8 @@ class Args:
 
     # PPO
     kl_coef: float = 3.0  # β: price of a nat of KL(policy ‖ reference), in units of reward
-    kl_target: float | None = 4.0  # adapt β until KL is this many nats per response
-    kl_horizon: int = 500  # episodes over which the adaptive β reacts
+    kl_target: float | None = 4.0  # adapt β towards this KL, in nats per response; None keeps β
+    kl_horizon: int = 500  # episodes in which the adaptive β changes by at most 20%
     gamma: float = 1.0  # discount per token; usually 1, since the score is paid at the end
     gae_lambda: float = 0.95  # GAE λ: 1 = Monte Carlo returns (unbiased), 0 = one-step TD
     clip_coef: float = 0.2  # ε: clipping range of the probability ratio π/π_old
@@ -143,7 +143,7 @@ def check_args(args):
         ),
         (
             args.save_dir is None or not os.path.lexists(save_dir),
-            f"--save-dir {save_dir} exists already; name a new folder",
+            f"--save-dir {save_dir} exists already; move it away or name a new folder",
         ),
         (
             resume is None or other_flags == ["resume"],
@@ -369,12 +369,12 @@ def positivity_reward(prompt, response):
     good_words = ["good", "great", "excellent", "wonderful", "amazing"]
     negations = ["not", "never", "don't", "no"]
     words = split_words(response)
-    previous = split_words(prompt)[-1:]  # a negation can end the prompt
+    previous = (split_words(prompt) or [""])[-1]  # a negation can end the prompt
     score = 0.0
     for word in words:
         if word in good_words:
-            score += -0.5 if previous and previous[-1] in negations else 1.0
-        previous = [word]
+            score += -0.5 if previous in negations else 1.0
+        previous = word
     length = max(len(words), 1)
     return min(max(score / length * len(set(words)) / length, 0.0), 1.0)
 
@@ -564,8 +564,11 @@ class TextRewardModel(nn.Module):
         for prompt, response in zip(prompts, responses, strict=True):
             tokens = self.tokenizer.encode(prompt + response, add_special_tokens=False).ids
             rows.append(tokens[-self.gpt.config.n_positions :] or [self.gpt.config.eos_token_id])
-        tokens = pad_left(rows).to(self.score.weight.device)
-        return self.score(self.gpt(tokens)[:, -1]).squeeze(1)  # left padding: all end at the end
+        scores = []
+        for tokens in pad_left(rows).to(self.score.weight.device).split(64):
+            last_states = self.gpt(tokens)[:, -1]  # with left padding, every text ends here
+            scores.append(self.score(last_states).squeeze(1))
+        return torch.cat(scores)
 
 
 def train_tokenizer(sentences, vocab_size):
@@ -639,8 +642,8 @@ def encode_prompts(tokenizer, texts, bos):
 def decode_texts(tokenizer, prompts, responses, eos):
     """Tokens to the texts of the prompts and of the responses, up to EOS: two lists.
 
-    Each response is decoded behind its prompt, since a character can begin in one and end in the
-    other.
+    Each response is decoded behind its prompt, since some decoders drop the blank that a text
+    begins with.
     """
     prompt_rows = []
     whole_rows = []
@@ -697,6 +700,7 @@ def generate_texts(policy, prompts, noise, temperature, top_k, top_p):
     responses = []
     allowed = []
     for t in range(noise.shape[1]):
+        # The head is linear without a bias, so this divides the logits, but takes less time.
         logits = policy.head(policy(tokens, cache)[:, -1] / temperature).float()  # (B, V)
         if top_k > 0 or top_p < 1:
             likely = likely_tokens(logits, top_k, top_p)
@@ -908,7 +912,7 @@ def scale_rewards(rewards, mask):
 
     Rewards and KL penalty keep their ratio, and the mean is divided too (TRL and verl put the old
     mean back). The deviation is that of one rollout. It grows as training spreads the scores (from
-    2 to 9 in the default run), so returns shrink under the critic, which has to follow.
+    2 to 9 in the default run), so the same score gives smaller returns and the critic lags behind.
     """
     mean = masked_mean(rewards, mask)
     std = masked_mean((rewards - mean) ** 2, mask).sqrt()
@@ -999,7 +1003,15 @@ def read_config(path):
         if value not in values or (key == "model_type" and key not in raw):
             raise ValueError(f"{key} is {raw.get(key)!r}; supported: {values}")
     # What config.json leaves out is as in the first GPT-2.
-    config = Config(50257, 1024, 768, 12, 12, 1e-5, 50256, 50256)
+    config = Config(
+        vocab_size=50257,
+        n_positions=1024,
+        n_embd=768,
+        n_layer=12,
+        n_head=12,
+        bos_token_id=50256,
+        eos_token_id=50256,
+    )
     for field in fields(Config):
         value = raw.get(field.name, getattr(config, field.name))
         if type(value) not in (int, field.type) or value < 0:
@@ -1090,8 +1102,9 @@ def load_gpt2(folder, flag="--model"):
         gpt.load_state_dict(weights, assign=True)
         path = first_file(folder, ["tokenizer.json", "vocab.json"])
         tokenizer = read_tokenizer(path)
-        spare = config.vocab_size - tokenizer.get_vocab_size()  # rows that only pad the weights
-        if spare < 0 or (spare > 0 and config.vocab_size % 64 != 0) or spare >= 128:
+        spare = config.vocab_size - tokenizer.get_vocab_size()
+        padded_for_speed = config.vocab_size % 64 == 0 and 0 <= spare < 128
+        if spare != 0 and not padded_for_speed:
             size = tokenizer.get_vocab_size()
             raise ValueError(f"the tokenizer has {size} tokens, the weights {config.vocab_size}")
     except Exception as error:  # a file can be wrong in any number of ways
@@ -1112,8 +1125,8 @@ def load_text_reward_model(folder, device):
 def save_gpt2(policy, tokenizer, folder):
     """Write a directory that transformers opens. Returns None, or an error message.
 
-    The saved tokenizer puts BOS before every text, as the prompts had it in training. It is written
-    under another name first, so the folder is never half-written.
+    The saved tokenizer puts BOS before every text, as the prompts had it in training. The folder is
+    written under another name first, so it is never half-written.
     """
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     config = policy.config
@@ -1147,7 +1160,7 @@ def save_gpt2(policy, tokenizer, folder):
         (part / "tokenizer_config.json").write_text(json.dumps(tokenizer_settings, indent=2))
         tokenizer.save(str(part / "tokenizer.json"))
         save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
-    except Exception as error:  # of a full disk, say; safetensors and tokenizers raise their own
+    except Exception as error:  # e.g. a full disk; safetensors and tokenizers raise their own
         shutil.rmtree(part, ignore_errors=True)
         return f"--save-dir {folder}: not written ({one_line(error)})"
     try:
@@ -1251,7 +1264,7 @@ def main(args):
     if args.reward_model is not None:
         reward_model = load_text_reward_model(args.reward_model, device)
     if args.learning_rate is None:
-        # 2e-4 is too much for a loaded model of width 64; for the width of 768 this is 1.2e-5.
+        # By trial: a loaded model bears less than the embedded one. 1.2e-5 for the 124M model.
         loaded_rate = 3.2e-4 / math.sqrt(config.n_embd)
         args.learning_rate = 3e-4 if args.model == "embedded" else loaded_rate
 
@@ -1372,7 +1385,7 @@ def main(args):
                     loss = pg_loss + args.vf_coef * vf_loss - args.ent_coef * entropy
 
                     # The losses are means over responses: weighted by their numbers of rows, the
-                    # parts of a minibatch add up to its loss.
+                    # parts of a minibatch add up to its loss (the means over tokens nearly).
                     weight = len(rows) / minibatch_size
                     (weight * loss).backward()
                     metrics["policy_loss"] = pg_loss
@@ -1410,9 +1423,9 @@ def main(args):
             writer.add_scalar("charts/learning_rate", learning_rate, episodes)
             writer.add_scalar("charts/episodes_per_second", episodes_per_second, episodes)
             for name in step:
-                mean = torch.stack([step[name] for step in steps]).mean()
+                mean = torch.stack([metrics[name] for metrics in steps]).mean()
                 writer.add_scalar(f"losses/{name}", mean, episodes)
-            writer.add_scalar("losses/ratio_first", steps[0]["ratio"], episodes)  # exactly 1
+            writer.add_scalar("losses/ratio_first", steps[0]["ratio"], episodes)  # about 1
             error_variance = (returns - old_values)[mask].var(correction=0)
             variance = returns[mask].var(correction=0).clamp(min=1e-8)
             explained = 1 - error_variance / variance
