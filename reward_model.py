@@ -627,6 +627,8 @@ def annotate(policy, prompts, path, number):
     Each pair is on disk before the next question, so stopping at any time loses nothing.
     """
     path = Path(path)
+    if sys.stdin is None:
+        fail("--annotate: the standard input is closed, so nobody can answer")
     try:
         text = path.read_text("utf-8-sig") if path.exists() else ""
         lines = [line for line in text.split("\n") if line.strip()]

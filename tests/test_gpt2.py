@@ -60,6 +60,18 @@ def uniform(rows, length, seed=0):
 # ---------------------------------------------------------------- The model
 
 
+def test_the_embedded_model_begins_as_gpt2_did():
+    """Radford et al. 2019: 0.02, and where the L layers' outputs add up 0.02 / √(2L)."""
+    torch.manual_seed(1)
+    policy, _ = gpt2.embedded_gpt2(["a b c"] * 10)
+    for name, parameter in policy.named_parameters():
+        if parameter.dim() == 2:
+            wanted = 0.02 / 6**0.5 if "c_proj" in name else 0.02
+            assert parameter.std().item() == pytest.approx(wanted, rel=0.05), name
+        elif name.endswith("bias"):
+            assert parameter.abs().max() == 0
+
+
 def test_the_oracle_agrees_with_transformers():
     rows = [row[real].tolist() for row, real in zip(TOKENS[:2], MASK[:2], strict=True)]
     found = torch.cat([oracle.logits(WEIGHTS, CONFIG, row) for row in rows])

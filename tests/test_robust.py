@@ -295,6 +295,13 @@ def test_a_closed_keyboard_ends_the_questions(tmp_path):
     assert Path("mine.jsonl").read_text() == ""
 
 
+def test_without_a_keyboard_nothing_is_asked(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    flags = {"num_examples": reward_model.Args.num_examples, "epochs": reward_model.Args.epochs}
+    error = refused(reward_model, capsys, annotate=3, preferences=Path("mine.jsonl"), **flags)
+    assert "standard input" in error and list(tmp_path.iterdir()) == []
+
+
 def test_questions_refuse_a_file_in_another_encoding(tmp_path, capsys):
     (tmp_path / "mine.jsonl").write_bytes('{"prompt": "é"}\n'.encode("latin-1"))
     error = refused(
