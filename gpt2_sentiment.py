@@ -10,7 +10,7 @@ directory. For your own task, give --prompts and edit score_texts.
 PPO: Schulman et al. 2017 (arXiv:1707.06347). On language models, with an adaptive KL penalty:
 Ziegler et al. 2019 (arXiv:1909.08593).
 
-    python gpt2_sentiment.py                       # held-out reward 6 -> 32 at a KL of 3.7 nats
+    python gpt2_sentiment.py                       # held-out reward 7 -> 33 at a KL of 3.7 nats
     python gpt2_sentiment.py --model gpt2          # the 124M model; --device cuda --bf16 on a GPU
     torchrun --nproc-per-node 2 gpt2_sentiment.py  # data parallel; --help lists every flag
 """
