@@ -486,7 +486,8 @@ def train(args, folder, verbose):
 
         # 3. Update: one gradient step.
         if not loss.isfinite():
-            fail(f"loss of {args.method} not finite in epoch {epoch}")
+            # In a worker process, this ends up in the main process, which prints it once.
+            sys.exit(f"error: loss of {args.method} not finite in epoch {epoch}")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
