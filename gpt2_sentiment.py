@@ -527,6 +527,12 @@ class GPT2(nn.Module):
         return self.ln_f(x)
 
     def head(self, states):
+        """States (..., D) to logits (..., V)."""
+        if states.dim() == 2 and not states.is_cuda:
+            # A few rows, as in sampling: on a CPU, so large a matrix takes half the time in pieces
+            # that fit its cache.
+            pieces = [weight @ states.t() for weight in self.wte.weight.split(1024)]
+            return torch.cat(pieces).t()
         return F.linear(states, self.wte.weight)
 
 
