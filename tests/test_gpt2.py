@@ -60,6 +60,25 @@ def uniform(rows, length, seed=0):
 # ---------------------------------------------------------------- The model
 
 
+@pytest.mark.parametrize("shape", [(3, 8), (3, 1, 8), (2, 3, 8)])
+def test_the_turned_product_is_that_of_torch(shape):
+    """With more outputs than a piece has; one token and several; value and gradients."""
+    torch.manual_seed(1)
+    layer = gpt2.Linear(8, 2500).double()
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    parameters = [x, *layer.parameters()]
+    found = layer(x)
+    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(expected)
+    found = torch.autograd.grad((found * weights).sum(), parameters)
+    expected = torch.autograd.grad((expected * weights).sum(), parameters)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(
+        gpt2.linear(x, layer.weight), torch.nn.functional.linear(x, layer.weight)
+    )
+
+
 def test_the_embedded_model_begins_as_gpt2_did():
     """Radford et al. 2019: 0.02, and where the L layers' outputs add up 0.02 / √(2L)."""
     torch.manual_seed(1)
