@@ -37,7 +37,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # not used here; if torch imports it later, gloo's threads outlive us
+import torch.distributed.nn  # unused; if torch imported it later, gloo's threads would never end
 import torch.nn.functional as F
 import tyro
 from safetensors.torch import load_file, save_file
@@ -843,6 +843,22 @@ def sum_over_processes(tensors):
 
 
 @torch.no_grad()
+def sample_and_score(policy, reference, prompts, noise, args):
+    """Sample responses (B, R), and run the policy and the reference over them.
+
+    Also returns the tokens that were allowed (B, R, V), or None for all, the policy's hidden states
+    (B, R, D), and the logits of both (B, R, V).
+    """
+    with autocast(args):
+        responses, allowed = generate_texts(
+            policy, prompts, noise, args.temperature, args.top_k, args.top_p
+        )
+    states, logits = response_logits(policy, prompts, responses, allowed, args)
+    _, ref_logits = response_logits(reference, prompts, responses, allowed, args)
+    return responses, allowed, states, logits, ref_logits
+
+
+@torch.no_grad()
 def sample_rollout(policy, critic, reference, prompts, noise, args):
     """Sample responses and compute log-probabilities and values, micro_batch_size at a time.
 
@@ -851,20 +867,17 @@ def sample_rollout(policy, critic, reference, prompts, noise, args):
     """
     size = args.micro_batch_size or len(prompts)
     chunks = []
+    allowed_chunks = []
     for x, u in zip(share(prompts).split(size), share(noise).split(size), strict=True):
-        with autocast(args):
-            y, allowed = generate_texts(policy, x, u, args.temperature, args.top_k, args.top_p)
-        states, logits = response_logits(policy, x, y, allowed, args)
-        _, ref_logits = response_logits(reference, x, y, allowed, args)
+        y, allowed, states, logits, ref_logits = sample_and_score(policy, reference, x, u, args)
         with autocast(args):
             values = critic(states, x, y)
         chunks.append([y, token_logprobs(logits, y), token_logprobs(ref_logits, y), values])
-        if allowed is not None:
-            chunks[-1].append(allowed)
+        allowed_chunks.append(allowed)
     tensors = [gather(torch.cat(parts)) for parts in zip(*chunks, strict=True)]
-    if len(tensors) == 4:
-        tensors.append(None)
-    return tensors
+    if allowed is None:
+        return [*tensors, None]
+    return [*tensors, gather(torch.cat(allowed_chunks))]
 
 
 @torch.no_grad()
@@ -885,10 +898,7 @@ def evaluate_texts(policy, reference, prompts, tokenizer, reward_model, lexicon,
     responses = []
     kl = []
     for x, u in zip(share(prompts).split(size), share(noise).split(size), strict=True):
-        with autocast(args):
-            y, allowed = generate_texts(policy, x, u, args.temperature, args.top_k, args.top_p)
-        _, logits = response_logits(policy, x, y, allowed, args)
-        _, ref_logits = response_logits(reference, x, y, allowed, args)
+        y, _, _, logits, ref_logits = sample_and_score(policy, reference, x, u, args)
         responses.append(y)
         kl.append(masked_sum(token_kl(logits, ref_logits), mask_to_eos(y, eos)))
     responses = gather(torch.cat(responses))
