@@ -44,7 +44,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from datetime import datetime
 from typing import Literal
 
 import torch
@@ -515,19 +515,6 @@ def train(args, folder, verbose):
     return {**metrics, "seconds": seconds}, answers.tolist()
 
 
-def make_run_folder(run_name):
-    """Make runs/<run name>, with a number appended if a run of the same second has the name."""
-    folder = Path("runs", run_name)
-    number = 1
-    while True:
-        try:
-            folder.mkdir(parents=True)
-            return str(folder)
-        except FileExistsError:
-            number += 1
-            folder = Path("runs", f"{run_name}-{number}")
-
-
 def end_with_main_process():
     multiprocessing.parent_process().join()
     os._exit(1)
@@ -567,11 +554,12 @@ def main(args):
         for seed in range(args.seed, args.seed + args.num_seeds):
             jobs.append(row_args(args, method, seed))
 
-    run_name = f"digits_sum20__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}"
+    run_name = f"digits_sum20__{args.seed}__{datetime.now():%Y-%m-%d-%H%M%S-%f}"
     print(f"{run_name}: {len(jobs)} runs of {args.epochs:,} epochs, {args.hidden_dim} hidden units")
     folders = [None] * len(jobs)
     if args.tensorboard:
-        run_folder = make_run_folder(run_name)
+        run_folder = f"runs/{run_name}"
+        os.makedirs(run_folder)  # new: no two runs share a folder
         folders = [f"{run_folder}/{job.method}-{job.seed}" for job in jobs]
         writer = SummaryWriter(run_folder)
         lines = [f"|{flag}|{value}|" for flag, value in asdict(args).items()]

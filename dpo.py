@@ -33,6 +33,7 @@ import re
 import sys
 import time
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -487,19 +488,6 @@ def dpo_loss(chosen_logratios, rejected_logratios, ties, beta, loss_type, label_
 
 
 # ---------------------------------------------------------------------------- Training
-def make_run_folder(run_name):
-    """Make runs/<run name>, with a number appended if a run of the same second has the name."""
-    folder = Path("runs", run_name)
-    number = 1
-    while True:
-        try:
-            folder.mkdir(parents=True)
-            return str(folder)
-        except FileExistsError:
-            number += 1
-            folder = Path("runs", f"{run_name}-{number}")
-
-
 def save(path, contents):
     """Write a file whole or not at all. If that fails, end the program with one line."""
     path = Path(path).resolve()  # if path is a link, its target
@@ -533,11 +521,12 @@ def main(args):
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     before = evaluate(policy, reference, test_prompts, test_targets, 1.0)
 
-    run_name = f"dpo__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}"
+    run_name = f"dpo__{args.seed}__{datetime.now():%Y-%m-%d-%H%M%S-%f}"
     print(f"{run_name}: {sum(p.numel() for p in parameters):,} parameters on {device}")
     writer = None
     if args.tensorboard:
-        writer = SummaryWriter(make_run_folder(run_name))
+        os.makedirs(f"runs/{run_name}")  # new: no two runs share a folder
+        writer = SummaryWriter(f"runs/{run_name}")
         lines = [f"|{flag}|{value}|" for flag, value in asdict(args).items()]
         writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *lines]))
 

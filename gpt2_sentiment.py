@@ -31,6 +31,7 @@ import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -1229,19 +1230,6 @@ def load_checkpoint(run):
 
 
 # ---------------------------------------------------------------------------- Training
-def make_run_folder(run_name):
-    """Make runs/<run name>, with a number appended if a run of the same second has the name."""
-    folder = Path("runs", run_name)
-    number = 1
-    while True:
-        try:
-            folder.mkdir(parents=True)
-            return str(folder)
-        except FileExistsError:
-            number += 1
-            folder = Path("runs", f"{run_name}-{number}")
-
-
 def main(args):
     start_time = time.time()
     check_args(args)
@@ -1330,11 +1318,12 @@ def main(args):
     if state is not None:
         torch.set_rng_state(state["rng"])
 
-    run_name = f"gpt2_sentiment__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}"
+    run_name = f"gpt2_sentiment__{args.seed}__{datetime.now():%Y-%m-%d-%H%M%S-%f}"
     writer = None
     if rank == 0:
         if run_folder is None and (args.tensorboard or args.checkpoint_every is not None):
-            run_folder = Path(make_run_folder(run_name))
+            run_folder = Path("runs", run_name)
+            os.makedirs(run_folder)  # new: no two runs share a folder
         if run_folder is not None:
             run_name = run_folder.name
             for part in run_folder.glob("checkpoint.pt.*.part"):

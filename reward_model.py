@@ -38,6 +38,7 @@ import re
 import sys
 import time
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -671,19 +672,6 @@ def annotate(policy, prompts, path, number):
 
 
 # ---------------------------------------------------------------------------- Training
-def make_run_folder(run_name):
-    """Make runs/<run name>, with a number appended if a run of the same second has the name."""
-    folder = Path("runs", run_name)
-    number = 1
-    while True:
-        try:
-            folder.mkdir(parents=True)
-            return str(folder)
-        except FileExistsError:
-            number += 1
-            folder = Path("runs", f"{run_name}-{number}")
-
-
 def save(path, contents):
     """Write a file whole or not at all. If that fails, end the program with one line."""
     path = Path(path).resolve()  # if path is a link, its target
@@ -738,12 +726,13 @@ def main(args):
 
     reward_model = RewardModel(args.ensemble_size, args.uncertainty_coef).to(device)
     reward_model.reference.load_state_dict(reference.state_dict())
-    run_name = f"reward_model__{args.seed}__{time.strftime('%Y-%m-%d-%H%M%S')}"
+    run_name = f"reward_model__{args.seed}__{datetime.now():%Y-%m-%d-%H%M%S-%f}"
     num_parameters = sum(p.numel() for p in reward_model.members.parameters())
     print(f"{run_name}: {num_parameters:,} parameters on {device}, {num_examples:,} examples")
     writer = None
     if args.tensorboard:
-        writer = SummaryWriter(make_run_folder(run_name))
+        os.makedirs(f"runs/{run_name}")  # new: no two runs share a folder
+        writer = SummaryWriter(f"runs/{run_name}")
         lines = [f"|{flag}|{value}|" for flag, value in asdict(args).items()]
         writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *lines]))
 

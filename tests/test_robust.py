@@ -5,8 +5,9 @@ import runpy
 import shutil
 import subprocess
 import sys
-import time
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import programs
@@ -116,22 +117,19 @@ def test_rewards_that_do_not_fit_are_named(script, kind, monkeypatch, capsys):
 
 
 # ---------------------------------------------------------------------------- Files
-@each_with_digits
-def test_runs_of_the_same_second_get_folders_of_their_own(script):
-    folders = {script.make_run_folder("name") for _ in range(3)}
-    assert len(folders) == 3
-    assert all(Path(folder).is_dir() and Path(folder).parent == Path("runs") for folder in folders)
-
-
 @each_script
 def test_two_runs_of_the_same_second_share_no_events(script, monkeypatch, tmp_path):
-    monkeypatch.setattr(time, "strftime", lambda form: "2026-01-01-000000")
+    now = datetime(2026, 1, 2, 3, 4, 5)
+    times = iter([now, now.replace(microsecond=1), now])
+    monkeypatch.setattr(script, "datetime", SimpleNamespace(now=lambda: next(times)))
     for _ in range(2):
         script.main(few(script, tensorboard=True))
     folders = sorted((tmp_path / "runs").iterdir())
     assert [len(list(folder.iterdir())) for folder in folders] == [1, 1]
-    name = f"{script.__name__}__1__2026-01-01-000000"
-    assert [folder.name for folder in folders] == [name, f"{name}-2"]
+    name = f"{script.__name__}__1__2026-01-02-030405"
+    assert [folder.name for folder in folders] == [f"{name}-000000", f"{name}-000001"]
+    with pytest.raises(FileExistsError):
+        script.main(few(script, tensorboard=True))
 
 
 @each_script
