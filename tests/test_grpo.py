@@ -19,6 +19,7 @@ EOS = 10
 LOSS_TYPES = ["grpo", "dr-grpo", "dapo", "gspo", "cispo"]
 SCALES = ["none", "group", "batch"]
 SAMPLED_ESTIMATORS = ["k2", "k3", "k3-iw"]
+make_prompts = grpo.make_prompts
 
 
 def float64(*values):
@@ -849,10 +850,10 @@ def test_kl_coefficient_holds_the_policy_back():
     assert run(kl_coef=2.0, **flags)["kl"] < 0.5 * run(**flags)["kl"]
 
 
-def test_success_rises():
-    flags = {"total_episodes": 5_120, "batch_size": 128, "update_epochs": 1, "num_minibatches": 2}
-    result = grpo.main(grpo.Args(learning_rate=1e-3, tensorboard=False, **flags))
-    assert 0.3 < result["success_before"] < 0.85
+def test_success_rises(monkeypatch):
+    monkeypatch.setattr(grpo, "make_prompts", make_prompts)  # three held-out prompts say little
+    result = grpo.main(grpo.Args(total_episodes=6_400, batch_size=128, tensorboard=False))
+    assert 0.4 < result["success_before"] < 0.8
     assert result["success"] > result["success_before"] + 0.1
 
 

@@ -19,6 +19,7 @@ import ppo
 
 ROOT = Path(__file__).parent.parent
 EOS = 10
+make_prompts = ppo.make_prompts
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -267,7 +268,8 @@ def test_returns_are_those_before_whitening_and_clipping(monkeypatch):
 
 
 # ---------------------------------------------------------------------------- Learning
-def test_success_rises_from_that_of_the_reference():
+def test_success_rises_from_that_of_the_reference(monkeypatch):
+    monkeypatch.setattr(ppo, "make_prompts", make_prompts)  # three held-out prompts say little
     result = ppo.main(ppo.Args(total_episodes=7_680, tensorboard=False))
     assert 0.4 < result["success_before"] < 0.8
     assert result["success"] > result["success_before"] + 0.1

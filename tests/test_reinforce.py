@@ -18,6 +18,7 @@ PROMPT = (4, 3, 3)
 OTHER_PROMPT = (5, 5, 4)
 BETA = 0.1
 EOS = 10
+make_prompts = reinforce.make_prompts
 
 
 def float64(*values):
@@ -637,11 +638,12 @@ def test_a_progress_line_has_the_mean_score_since_the_last_one(monkeypatch, caps
         assert float(mean_kl) == pytest.approx(kl[3 * i + 2], abs=6e-4)
 
 
-def test_success_rises():
+def test_success_rises(monkeypatch):
+    monkeypatch.setattr(reinforce, "make_prompts", make_prompts)  # three prompts say little
     result = reinforce.main(
         reinforce.Args(total_episodes=10_240, batch_size=128, learning_rate=1e-3, tensorboard=False)
     )
-    assert 0.4 < result["success_before"] < 0.85
+    assert 0.4 < result["success_before"] < 0.8
     assert result["success"] > result["success_before"] + 0.1
     assert 0 < result["kl"] < 3
 

@@ -1,0 +1,199 @@
+"""What keeps a policy from the best one: the noise of its gradient, or the optimizer?
+
+    python benchmark/optimizers.py                     # results: results/optimizers.json
+    python benchmark/optimizers.py --only exact ppo.py # these again; the others' numbers stay
+
+Every script trains as it is, with AdamW, and again with Muon for the matrices of the transformer
+blocks (torch.optim.Muon; Jordan et al. 2024, with the learning rate of arXiv:2502.16982, at which
+a step is as long as one of AdamW). A step of Muon takes longer, so with it a script gets fewer
+episodes, so many that both train for the same processor seconds.
+
+The control, "exact": the objective of reinforce.py, J = E[R] - β · KL, with the same steps, prompts
+per step and learning rates, but on the exact gradient for these prompts, by enumeration. What is
+still missing at its end is not the fault of sampling.
+"""
+
+import argparse
+import contextlib
+import functools
+import io
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+import torch
+from exact import EOS, VOCAB, all_responses, evaluate, evaluate_file, response_table
+from run import RESULTS, load_results, machine, save_results
+
+import grpo
+import ppo
+import reinforce
+
+SCRIPTS = {"reinforce.py": reinforce, "ppo.py": ppo, "grpo.py": grpo}
+TEN_SEEDS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+AdamW = torch.optim.AdamW
+
+
+class Muon:
+    """Muon for the matrices of the blocks, AdamW for everything else; made and used as AdamW is."""
+
+    def __init__(self, parameters, lr=1e-3, **flags):
+        matrices = []
+        others = []
+        for parameter in parameters:
+            # Embeddings and heads are matrices too, but one side of theirs is a vocabulary or 1.
+            if parameter.dim() == 2 and min(parameter.shape) >= 64:
+                matrices.append(parameter)
+            else:
+                others.append(parameter)
+        muon = torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        self.optimizers = [muon, AdamW(others, **flags)]
+        self.param_groups = [{"lr": lr}]
+
+    def zero_grad(self):
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def step(self):
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+            optimizer.step()
+
+
+def make_optimizer(name, parameters, **flags):
+    """AdamW or Muon for training. SFT, which does not ask for fused=True, keeps AdamW."""
+    if name == "muon" and "fused" in flags:
+        return Muon(parameters, **flags)
+    return AdamW(parameters, **flags)
+
+
+def train_script(script, optimizer, seed, episodes):
+    """Run a script's main. Returns exact metrics of its policy and processor seconds."""
+    make = functools.partial(make_optimizer, optimizer)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "policy.pt")
+        flags = {"seed": seed, "total_episodes": episodes, "save_path": path, "tensorboard": False}
+        start = time.process_time()
+        with contextlib.redirect_stdout(io.StringIO()), mock.patch("torch.optim.AdamW", make):
+            script.main(script.Args(**flags))
+        seconds = time.process_time() - start
+        return evaluate_file(path), seconds
+
+
+def equal_episodes(script):
+    """Episodes with which Muon takes the processor seconds of AdamW with the default number.
+
+    From the seconds that a quarter of the episodes take longer than an eighth: those before and
+    after training are the same for both.
+    """
+    total = script.Args.total_episodes
+    seconds = {}
+    for optimizer in ["adamw", "muon"]:
+        _, short = train_script(script, optimizer, 0, total // 8)
+        _, long = train_script(script, optimizer, 0, total // 4)
+        seconds[optimizer] = long - short
+    batches = total * seconds["adamw"] / seconds["muon"] / script.Args.batch_size
+    return round(batches) * script.Args.batch_size
+
+
+def response_logprobs(policy, prompts):
+    """Log-probability of each response to each prompt: (N, Y), in the order of all_responses().
+
+    As in exact.py, but in float32 and fast to differentiate.
+    """
+    N = len(prompts)
+    digits = torch.arange(10)
+    pairs = torch.cartesian_prod(digits, digits)  # every prefix that a response has
+    tokens = torch.cat([prompts.repeat_interleave(100, 0), pairs.repeat(N, 1)], 1)
+    states = policy(tokens)[:, prompts.shape[1] - 1 :]
+    logprobs = policy.head(states).log_softmax(2).view(N, 10, 10, 3, VOCAB)
+    first = logprobs[:, 0, 0, 0]  # (N, V)
+    second = logprobs[:, :, 0, 1]  # (N, 10, V), after each first digit
+    third = logprobs[:, :, :, 2]  # (N, 10, 10, V), after each pair
+    one_digit = first[:, :10] + second[:, :, EOS]  # (N, 10)
+    three_tokens = first[:, :10, None, None] + second[:, :, :10, None] + third
+    longer = torch.cat([three_tokens.flatten(2), one_digit[:, :, None]], 2)  # (N, 10, 111)
+    return torch.cat([longer.flatten(1), first[:, EOS:]], 1)
+
+
+def train_exact(optimizer_name, seed):
+    """Train as reinforce.py does, on the exact gradient. Returns exact metrics and seconds."""
+    args = reinforce.Args(seed=seed)
+    torch.manual_seed(seed)
+    train_prompts, train_targets, test_prompts, test_targets = reinforce.make_prompts("cpu")
+    policy = reinforce.GPT()
+    demonstrations = reinforce.make_demonstrations(train_prompts, train_targets)
+    reinforce.sft(policy, *demonstrations, args.sft_steps)
+    reference = reinforce.GPT().requires_grad_(False)
+    reference.load_state_dict(policy.state_dict())
+    parameters = list(policy.parameters())
+    optimizer = make_optimizer(
+        optimizer_name, parameters, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+    )
+
+    start = time.process_time()
+    responses = all_responses()
+    num_steps = args.total_episodes // args.batch_size
+    warmup = max(1, num_steps // 10)
+    for step in range(1, num_steps + 1):
+        decay = (num_steps - step + 1) / (num_steps - warmup + 1)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * min(step / warmup, decay)
+        rows = torch.randint(len(train_prompts), (args.batch_size // args.group_size,))
+        prompts = train_prompts[rows]
+        rewards = response_table(reinforce.reward, train_targets[rows], responses)  # (N, Y)
+        with torch.no_grad():
+            ref_logprobs = response_logprobs(reference, prompts)
+        logprobs = response_logprobs(policy, prompts)  # (N, Y)
+        returns = rewards - args.kl_coef * (logprobs - ref_logprobs)
+        loss = -(logprobs.exp() * returns).sum(1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+        optimizer.step()
+    seconds = time.process_time() - start
+    return evaluate(policy, reference, test_prompts, test_targets, args.kl_coef), seconds
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = ["exact", *SCRIPTS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
+    parser.add_argument("--seeds", type=int, nargs="+", default=TEN_SEEDS)
+    args = parser.parse_args()
+    path = RESULTS / "optimizers.json"
+    command = " ".join(["python benchmark/optimizers.py", *sys.argv[1:]])
+    for name in args.only:
+        for optimizer in ["adamw", "muon"]:
+            if name == "exact":
+                episodes = 0
+            elif optimizer == "adamw":
+                episodes = SCRIPTS[name].Args.total_episodes
+            else:
+                episodes = equal_episodes(SCRIPTS[name])
+            runs = []
+            for seed in args.seeds:
+                if name == "exact":
+                    metrics, seconds = train_exact(optimizer, seed)
+                else:
+                    metrics, seconds = train_script(SCRIPTS[name], optimizer, seed, episodes)
+                run = {"seed": seed, "episodes": episodes, "cpu_seconds": round(seconds, 1)}
+                for metric in ["success", "kl", "normalised_gain"]:
+                    run[metric] = round(metrics[metric], 5)
+                runs.append(run)
+                print(f"{name} {optimizer} {json.dumps(run)}", flush=True)
+            results = load_results(path)  # read again: another run may have added to it
+            results[f"{name} {optimizer}"] = {
+                "command": command,
+                "machine": machine(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count()))),
+                "runs": runs,
+            }
+            save_results(path, results)
+    print("\nresults: benchmark/results/optimizers.json; put into tables by report.py")
+
+
+if __name__ == "__main__":
+    main()
