@@ -65,7 +65,7 @@ class Args:
     annotator_temperature: float = 0.5  # τ: prefers A to B with odds exp((R(A) - R(B)) / τ)
 
     # DPO
-    beta: float = 0.4  # β: a larger value stays closer to the reference
+    beta: float = 0.25  # β: a larger value stays closer to the reference
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"  # loss of a pair
     label_smoothing: float = 0.0  # ε: share of pairs taken to be judged wrongly (sigmoid, robust)
     length_normalize: bool = False  # mean log-probability per token; another objective

@@ -763,6 +763,10 @@ def test_a_learned_reward_is_maximised_and_the_true_one_logged(monkeypatch):
         assert curves["charts/true_score"][i][1] == pytest.approx(true, abs=1e-5)
     assert result["learned_reward"] > result["learned_reward_before"] + 0.3
     assert result["reward"] == pytest.approx(sum(scores[-2][1]) / 32, abs=1e-5)
+    for name in ["reward", "held_out_kl"]:  # before and after training
+        before, after = result[f"{name}_before"], result[name]
+        assert curves[f"eval/{name}"] == [(0, pytest.approx(before)), (640, pytest.approx(after))]
+    assert [step for step, _ in curves["eval/win_rate"]] == [640]
 
 
 def test_a_file_named_runs_is_in_the_way(tmp_path, capsys):
