@@ -116,6 +116,16 @@ def test_rewards_that_do_not_fit_are_named(script, kind, monkeypatch, capsys):
     assert "reward returned" in error and said in error
 
 
+# ---------------------------------------------------------------------------- SFT
+@each_script
+def test_sft_takes_as_many_steps_as_the_flag_says(script, monkeypatch):
+    taken = []
+    monkeypatch.setattr(script, "sft", lambda *inputs: taken.append(inputs[-1]))
+    for steps in (0, 1, 2):
+        script.main(few(script, sft_steps=steps))
+    assert taken == [1, 2]  # without SFT, a task of one's own needs no demonstrations
+
+
 # ---------------------------------------------------------------------------- Files
 @each_script
 def test_two_runs_of_the_same_second_share_no_events(script, monkeypatch, tmp_path):
