@@ -361,8 +361,8 @@ def sft(policy, prompts, responses, steps):
 def evaluate(policy, reference, prompts, targets, temperature):
     """Success rate and KL(policy ‖ reference), in nats per response, of sampled responses.
 
-    Samples 16 responses per prompt. Returns both means and their standard errors, computed as if
-    every response had a prompt of its own, drawn at random.
+    Samples 16 responses per prompt. Returns both means over these prompts and their standard errors,
+    which say how far other samples for the same prompts would move them.
     """
     success = []
     kl = []
@@ -373,13 +373,13 @@ def evaluate(policy, reference, prompts, targets, temperature):
         kl_per_token = token_kl(logits / temperature, ref_logits / temperature)
         success.append(get_scores(targets[rows], responses))
         kl.append(masked_sum(kl_per_token, response_mask(responses)))
-    success = torch.cat(success)
-    kl = torch.cat(kl)
+    success = torch.cat(success).view(-1, len(prompts))  # (16, number of prompts)
+    kl = torch.cat(kl).view(-1, len(prompts))
     return {
         "success": success.mean().item(),
-        "success_error": success.std().item() / len(success) ** 0.5,
+        "success_error": (success.var(0).mean() / success.numel()).sqrt().item(),
         "kl": kl.mean().item(),
-        "kl_error": kl.std().item() / len(kl) ** 0.5,
+        "kl_error": (kl.var(0).mean() / kl.numel()).sqrt().item(),
     }
 
 

@@ -262,11 +262,34 @@ def hacking_table():
     return "\n".join([*lines, "", note])
 
 
+def optimizers_table():
+    """The scripts with AdamW and with Muon, and training on the exact gradient."""
+    results = load("optimizers")
+    if not results:
+        return None
+    lines = header(["training", "optimizer", "episodes", "seeds", "CPU seconds", *POLICY_COLUMNS])
+    for name, result in results.items():
+        training, optimizer = name.split()
+        episodes = f"{result['runs'][0]['episodes']:,}"
+        if training == "exact":
+            training = "exact gradient"
+            episodes = "none"
+        else:
+            training = f"`{training}`"
+        optimizer = {"adamw": "AdamW", "muon": "Muon"}[optimizer]
+        cells = [training, optimizer, episodes, seed_range(column(result, "seed"))]
+        cells.append(spread(column(result, "cpu_seconds"), 0))
+        cells += [spread(column(result, metric)) for metric in POLICY_COLUMNS.values()]
+        lines.append(row(cells))
+    commands = sorted({f"`{result['command']}`" for result in results.values()})
+    return "\n".join([*lines, "", f"{', '.join(commands)}: mean ± standard deviation."])
+
+
 def provenance_table():
     """Which command made the numbers of a page, when, from which commit, and on what machine."""
     rows = set()
     machines = set()
-    for name in ["runs", "variants", "kl_coef", "stability", "reward_data"]:
+    for name in ["runs", "variants", "kl_coef", "stability", "reward_data", "optimizers"]:
         for result in load(name).values():
             machine = result["machine"]
             rows.add((f"`{result['command']}`", machine["date"], machine["commit"]))
@@ -343,6 +366,7 @@ TABLES = {
     "kl_coef": kl_coef_table,
     "stability": stability_table,
     "hacking": hacking_table,
+    "optimizers": optimizers_table,
     "provenance": provenance_table,
     "gpt2": gpt2_table,
     "digits": digits_table,

@@ -317,10 +317,10 @@ def test_sampled_evaluation_agrees_with_the_exact_one(trained):
 
 
 def test_standard_errors_are_those_of_repeated_evaluations(trained):
-    """With one prompt, and so independent samples, the error is the spread of the mean."""
+    """Of the same prompts: how much the prompts differ does not count."""
     _, _, prompts, targets = ppo.make_prompts("cpu")
-    prompts = prompts[:1].expand(8, 3)
-    targets = targets[:1].expand(8)
+    prompts = prompts[:8]
+    targets = targets[:8]
     torch.manual_seed(0)
     results = [ppo.evaluate(*trained, prompts, targets, 1.0) for _ in range(100)]
     for name in ("success", "kl"):
@@ -336,17 +336,23 @@ def test_evaluation_samples_16_responses_per_prompt(monkeypatch):
 
     def generate(policy, prompts, temperature):
         asked.append((prompts, temperature))
-        return torch.tensor([[1, 2, 10]]).expand(len(prompts), 3)
+        responses = torch.tensor([[1, 2, 10]]).repeat(len(prompts), 1)
+        first = 256 * (len(asked) - 1)  # number of the first of these 800 responses
+        number = torch.arange(first, first + len(prompts))
+        responses[number >= 400, 1] = 3  # the last 8 responses to each prompt sum to 4
+        return responses
 
     monkeypatch.setattr(ppo, "generate", generate)
     prompts = torch.randint(10, (50, 3))
-    targets = torch.tensor([3] * 10 + [4] * 40)  # one in five of the responses is right
+    # Half of the responses to 10 prompts are right, and none of those to the others.
+    targets = torch.tensor([3] * 5 + [4] * 5 + [5] * 40)
     result = ppo.evaluate(policy, policy, prompts, targets, 0.7)
     rows = torch.cat([prompts for prompts, _ in asked])
     assert sorted(rows.tolist()) == sorted(prompts.tolist() * 16)
     assert {temperature for _, temperature in asked} == {0.7}
-    assert result["success"] == pytest.approx(0.2)
-    assert result["success_error"] == pytest.approx(math.sqrt(0.2 * 0.8 / 799))  # over N - 1
+    assert result["success"] == pytest.approx(0.1)
+    variance = 16 * 0.25 / 15  # of the responses to one of the 10 prompts
+    assert result["success_error"] == pytest.approx(math.sqrt(variance * 10 / 50 / 800))
     assert result["kl"] == pytest.approx(0, abs=1e-6)
 
 
