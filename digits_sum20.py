@@ -234,7 +234,7 @@ def check_args(args):
     ):
         value = getattr(row, flag)
         valid = value is None or 0 <= value < 1e6
-        rules.append((valid, f"--{flag.replace('_', '-')} {value} must be 0 or more"))
+        rules.append((valid, f"--{flag.replace('_', '-')} {value} must be in [0, 1e6)"))
     if row.baseline == "rloo":
         enough = row.samples_per_prompt is not None and row.samples_per_prompt >= 2
         rules.append((enough, "--baseline rloo needs --samples-per-prompt 2 or more"))

@@ -100,15 +100,15 @@ def check_args(args):
         (args.epochs >= 1, f"--epochs {args.epochs} must be at least 1"),
         (args.minibatch_size >= 1, f"--minibatch-size {args.minibatch_size} must be at least 1"),
         (0 < args.learning_rate < 1, f"--learning-rate {args.learning_rate} must be in (0, 1)"),
-        (0 < args.max_grad_norm < 1e6, f"--max-grad-norm {args.max_grad_norm} must be positive"),
+        (0 < args.max_grad_norm < 1e6, f"--max-grad-norm {args.max_grad_norm} must be in (0, 1e6)"),
         (args.rounds >= 1, f"--rounds {args.rounds} must be at least 1"),
         (args.num_pairs >= 1, f"--num-pairs {args.num_pairs} must be at least 1"),
         (args.num_pairs % max(1, args.rounds) == 0, "--rounds must divide --num-pairs"),
         (
             0 < args.annotator_temperature < 1e6,
-            f"--annotator-temperature {args.annotator_temperature} must be positive",
+            f"--annotator-temperature {args.annotator_temperature} must be in (0, 1e6)",
         ),
-        (0 < args.beta < 1e6, f"--beta {args.beta} must be positive"),
+        (0 < args.beta < 1e6, f"--beta {args.beta} must be in (0, 1e6)"),
         (0 <= smoothing < 0.5, f"--label-smoothing {smoothing} must be in [0, 0.5)"),
     ]
     if args.loss_type in ("ipo", "hinge"):
@@ -295,8 +295,8 @@ def sft(policy, prompts, responses, steps):
 def evaluate(policy, reference, prompts, targets, temperature):
     """Success rate and KL(policy ‖ reference), in nats per response, of sampled responses.
 
-    Samples 16 responses per prompt. Returns both means over these prompts and their standard errors,
-    which say how far other samples for the same prompts would move them.
+    Samples 16 responses per prompt. Returns both means, and their standard errors: how much they
+    vary from sample to sample, for these same prompts.
     """
     success = []
     kl = []

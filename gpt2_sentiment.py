@@ -173,22 +173,22 @@ def check_args(args):
             args.eval_samples % processes == 0,
             f"--eval-samples {args.eval_samples} must be a multiple of the {processes} processes",
         ),
-        (0 < args.max_grad_norm < 1e6, f"--max-grad-norm {args.max_grad_norm} must be positive"),
+        (0 < args.max_grad_norm < 1e6, f"--max-grad-norm {args.max_grad_norm} must be in (0, 1e6)"),
         (args.response_length >= 1, f"--response-length {args.response_length} must be at least 1"),
-        (0 < args.temperature < 1e6, f"--temperature {args.temperature} must be positive"),
+        (0 < args.temperature < 1e6, f"--temperature {args.temperature} must be in (0, 1e6)"),
         (args.top_k >= 0, f"--top-k {args.top_k} must be 0 or more"),
         (0 < args.top_p <= 1, f"--top-p {args.top_p} must be above 0 and at most 1"),
-        (0 <= args.kl_coef < 1e6, f"--kl-coef {args.kl_coef} must be 0 or more"),
+        (0 <= args.kl_coef < 1e6, f"--kl-coef {args.kl_coef} must be in [0, 1e6)"),
         (args.kl_horizon >= 1, f"--kl-horizon {args.kl_horizon} must be at least 1"),
         (0 <= args.gamma <= 1, f"--gamma {args.gamma} must be between 0 and 1"),
         (0 <= args.gae_lambda <= 1, f"--gae-lambda {args.gae_lambda} must be between 0 and 1"),
-        (0 < args.clip_coef < 1e6, f"--clip-coef {args.clip_coef} must be positive"),
-        (0 < args.value_clip < 1e6, f"--value-clip {args.value_clip} must be positive"),
-        (0 <= args.vf_coef < 1e6, f"--vf-coef {args.vf_coef} must be 0 or more"),
-        (0 <= args.ent_coef < 1e6, f"--ent-coef {args.ent_coef} must be 0 or more"),
+        (0 < args.clip_coef < 1e6, f"--clip-coef {args.clip_coef} must be in (0, 1e6)"),
+        (0 < args.value_clip < 1e6, f"--value-clip {args.value_clip} must be in (0, 1e6)"),
+        (0 <= args.vf_coef < 1e6, f"--vf-coef {args.vf_coef} must be in [0, 1e6)"),
+        (0 <= args.ent_coef < 1e6, f"--ent-coef {args.ent_coef} must be in [0, 1e6)"),
         (
             0 <= args.missing_eos_penalty < 1e6,
-            f"--missing-eos-penalty {args.missing_eos_penalty} must be 0 or more",
+            f"--missing-eos-penalty {args.missing_eos_penalty} must be in [0, 1e6)",
         ),
     ]
     if args.checkpoint_every is not None:
@@ -201,14 +201,18 @@ def check_args(args):
         valid = 0 < args.learning_rate < 1
         rules.append((valid, f"--learning-rate {args.learning_rate} must be in (0, 1)"))
     if args.kl_target is not None:
-        rules.append((0 < args.kl_target < 1e6, f"--kl-target {args.kl_target} must be positive"))
+        rules.append(
+            (0 < args.kl_target < 1e6, f"--kl-target {args.kl_target} must be in (0, 1e6)")
+        )
         error = "--kl-target cannot adapt --kl-coef 0; start above 0 or use --kl-target None"
         rules.append((args.kl_coef > 0, error))
     if args.advantage_clip is not None:
         valid = 0 < args.advantage_clip < 1e6
-        rules.append((valid, f"--advantage-clip {args.advantage_clip} must be positive"))
+        rules.append((valid, f"--advantage-clip {args.advantage_clip} must be in (0, 1e6)"))
     if args.target_kl is not None:
-        rules.append((0 < args.target_kl < 1e6, f"--target-kl {args.target_kl} must be positive"))
+        rules.append(
+            (0 < args.target_kl < 1e6, f"--target-kl {args.target_kl} must be in (0, 1e6)")
+        )
     if args.lexicon is not None:
         valid = args.reward in ["sentiment", "plain"]
         rules.append((valid, f"--lexicon is not read with --reward {args.reward}"))

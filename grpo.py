@@ -105,16 +105,16 @@ def check_args(args):
             "--num-minibatches must divide --batch-size",
         ),
         (0 < args.learning_rate < 1, f"--learning-rate {args.learning_rate} must be in (0, 1)"),
-        (0 < args.max_grad_norm < 1e6, f"--max-grad-norm {args.max_grad_norm} must be positive"),
-        (0 < args.temperature < 1e6, f"--temperature {args.temperature} must be positive"),
+        (0 < args.max_grad_norm < 1e6, f"--max-grad-norm {args.max_grad_norm} must be in (0, 1e6)"),
+        (0 < args.temperature < 1e6, f"--temperature {args.temperature} must be in (0, 1e6)"),
         (args.group_size >= 2, f"--group-size {args.group_size} must be at least 2, to compare"),
         (args.batch_size % max(1, args.group_size) == 0, "--group-size must divide --batch-size"),
-        (0 <= args.kl_coef < 1e6, f"--kl-coef {args.kl_coef} must be 0 or more"),
-        (0 < args.clip_coef < 1e6, f"--clip-coef {args.clip_coef} must be positive"),
+        (0 <= args.kl_coef < 1e6, f"--kl-coef {args.kl_coef} must be in [0, 1e6)"),
+        (0 < args.clip_coef < 1e6, f"--clip-coef {args.clip_coef} must be in (0, 1e6)"),
     ]
     if args.clip_coef_high is not None:
         valid = 0 < args.clip_coef_high < 1e6
-        rules.append((valid, f"--clip-coef-high {args.clip_coef_high} must be positive"))
+        rules.append((valid, f"--clip-coef-high {args.clip_coef_high} must be in (0, 1e6)"))
     if args.reward_model is not None and args.save_path is not None:
         same = save_path.resolve() == Path(args.reward_model).resolve()
         rules.append((not same, "--save-path would overwrite --reward-model; name another file"))
@@ -347,8 +347,8 @@ def sft(policy, prompts, responses, steps):
 def evaluate(policy, reference, prompts, targets, temperature):
     """Success rate and KL(policy ‖ reference), in nats per response, of sampled responses.
 
-    Samples 16 responses per prompt. Returns both means over these prompts and their standard errors,
-    which say how far other samples for the same prompts would move them.
+    Samples 16 responses per prompt. Returns both means, and their standard errors: how much they
+    vary from sample to sample, for these same prompts.
     """
     success = []
     kl = []

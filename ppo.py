@@ -105,23 +105,25 @@ def check_args(args):
             "--num-minibatches must divide --batch-size",
         ),
         (0 < args.learning_rate < 1, f"--learning-rate {args.learning_rate} must be in (0, 1)"),
-        (0 < args.max_grad_norm < 1e6, f"--max-grad-norm {args.max_grad_norm} must be positive"),
-        (0 < args.temperature < 1e6, f"--temperature {args.temperature} must be positive"),
-        (0 <= args.kl_coef < 1e6, f"--kl-coef {args.kl_coef} must be 0 or more"),
+        (0 < args.max_grad_norm < 1e6, f"--max-grad-norm {args.max_grad_norm} must be in (0, 1e6)"),
+        (0 < args.temperature < 1e6, f"--temperature {args.temperature} must be in (0, 1e6)"),
+        (0 <= args.kl_coef < 1e6, f"--kl-coef {args.kl_coef} must be in [0, 1e6)"),
         (0 <= args.gamma <= 1, f"--gamma {args.gamma} must be between 0 and 1"),
         (0 <= args.gae_lambda <= 1, f"--gae-lambda {args.gae_lambda} must be between 0 and 1"),
-        (0 < args.clip_coef < 1e6, f"--clip-coef {args.clip_coef} must be positive"),
-        (0 < args.value_clip < 1e6, f"--value-clip {args.value_clip} must be positive"),
-        (0 <= args.vf_coef < 1e6, f"--vf-coef {args.vf_coef} must be 0 or more"),
-        (0 <= args.ent_coef < 1e6, f"--ent-coef {args.ent_coef} must be 0 or more"),
+        (0 < args.clip_coef < 1e6, f"--clip-coef {args.clip_coef} must be in (0, 1e6)"),
+        (0 < args.value_clip < 1e6, f"--value-clip {args.value_clip} must be in (0, 1e6)"),
+        (0 <= args.vf_coef < 1e6, f"--vf-coef {args.vf_coef} must be in [0, 1e6)"),
+        (0 <= args.ent_coef < 1e6, f"--ent-coef {args.ent_coef} must be in [0, 1e6)"),
     ]
     if args.dual_clip is not None:
         rules.append((1 < args.dual_clip < 1e6, f"--dual-clip {args.dual_clip} must exceed 1"))
     if args.advantage_clip is not None:
         valid = 0 < args.advantage_clip < 1e6
-        rules.append((valid, f"--advantage-clip {args.advantage_clip} must be positive"))
+        rules.append((valid, f"--advantage-clip {args.advantage_clip} must be in (0, 1e6)"))
     if args.target_kl is not None:
-        rules.append((0 < args.target_kl < 1e6, f"--target-kl {args.target_kl} must be positive"))
+        rules.append(
+            (0 < args.target_kl < 1e6, f"--target-kl {args.target_kl} must be in (0, 1e6)")
+        )
     if args.reward_model is not None and args.save_path is not None:
         same = save_path.resolve() == Path(args.reward_model).resolve()
         rules.append((not same, "--save-path would overwrite --reward-model; name another file"))
@@ -361,8 +363,8 @@ def sft(policy, prompts, responses, steps):
 def evaluate(policy, reference, prompts, targets, temperature):
     """Success rate and KL(policy ‖ reference), in nats per response, of sampled responses.
 
-    Samples 16 responses per prompt. Returns both means over these prompts and their standard errors,
-    which say how far other samples for the same prompts would move them.
+    Samples 16 responses per prompt. Returns both means, and their standard errors: how much they
+    vary from sample to sample, for these same prompts.
     """
     success = []
     kl = []

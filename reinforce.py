@@ -100,13 +100,13 @@ def check_args(args):
         (args.group_size >= 1, f"--group-size {args.group_size} must be at least 1"),
         (args.batch_size % max(1, args.group_size) == 0, "--group-size must divide --batch-size"),
         (0 < args.learning_rate < 1, f"--learning-rate {args.learning_rate} must be in (0, 1)"),
-        (0 < args.max_grad_norm < 1e6, f"--max-grad-norm {args.max_grad_norm} must be positive"),
-        (0 < args.temperature < 1e6, f"--temperature {args.temperature} must be positive"),
-        (0 <= args.kl_coef < 1e6, f"--kl-coef {args.kl_coef} must be 0 or more"),
+        (0 < args.max_grad_norm < 1e6, f"--max-grad-norm {args.max_grad_norm} must be in (0, 1e6)"),
+        (0 < args.temperature < 1e6, f"--temperature {args.temperature} must be in (0, 1e6)"),
+        (0 <= args.kl_coef < 1e6, f"--kl-coef {args.kl_coef} must be in [0, 1e6)"),
         (0 <= args.gamma <= 1, f"--gamma {args.gamma} must be between 0 and 1"),
-        (0 <= args.vf_coef < 1e6, f"--vf-coef {args.vf_coef} must be 0 or more"),
-        (0 <= args.ent_coef < 1e6, f"--ent-coef {args.ent_coef} must be 0 or more"),
-        (0 < args.rwr_temperature < 1e6, "--rwr-temperature must be positive"),
+        (0 <= args.vf_coef < 1e6, f"--vf-coef {args.vf_coef} must be in [0, 1e6)"),
+        (0 <= args.ent_coef < 1e6, f"--ent-coef {args.ent_coef} must be in [0, 1e6)"),
+        (0 < args.rwr_temperature < 1e6, "--rwr-temperature must be in (0, 1e6)"),
         (0 < args.rwr_top_fraction <= 1, "--rwr-top-fraction must be in (0, 1]"),
     ]
     # A baseline is an average over other responses, so there must be some.
@@ -304,8 +304,8 @@ def sft(policy, prompts, responses, steps):
 def evaluate(policy, reference, prompts, targets, temperature):
     """Success rate and KL(policy ‖ reference), in nats per response, of sampled responses.
 
-    Samples 16 responses per prompt. Returns both means over these prompts and their standard errors,
-    which say how far other samples for the same prompts would move them.
+    Samples 16 responses per prompt. Returns both means, and their standard errors: how much they
+    vary from sample to sample, for these same prompts.
     """
     success = []
     kl = []

@@ -105,14 +105,14 @@ def check_args(args):
         (args.sft_steps >= 0, f"--sft-steps {args.sft_steps} must be 0 or more"),
         (args.num_examples >= 1, f"--num-examples {args.num_examples} must be at least 1"),
         (args.num_samples >= 1, f"--num-samples {args.num_samples} must be at least 1"),
-        (0 < args.annotator_temperature < 1e6, "--annotator-temperature must be positive"),
+        (0 < args.annotator_temperature < 1e6, "--annotator-temperature must be in (0, 1e6)"),
         (args.epochs >= 1, f"--epochs {args.epochs} must be at least 1"),
         (args.minibatch_size >= 1, f"--minibatch-size {args.minibatch_size} must be at least 1"),
         (0 < args.learning_rate < 1, f"--learning-rate {args.learning_rate} must be in (0, 1)"),
-        (0 < args.max_grad_norm < 1e6, f"--max-grad-norm {args.max_grad_norm} must be positive"),
-        (0 <= args.weight_decay < 1e3, f"--weight-decay {args.weight_decay} must be 0 or more"),
+        (0 < args.max_grad_norm < 1e6, f"--max-grad-norm {args.max_grad_norm} must be in (0, 1e6)"),
+        (0 <= args.weight_decay < 1e3, f"--weight-decay {args.weight_decay} must be in [0, 1000)"),
         (args.ensemble_size >= 1, f"--ensemble-size {args.ensemble_size} must be at least 1"),
-        (0 <= args.uncertainty_coef < 1e6, "--uncertainty-coef must be 0 or more"),
+        (0 <= args.uncertainty_coef < 1e6, "--uncertainty-coef must be in [0, 1e6)"),
     ]
     if args.annotate is not None:
         rules.append((args.annotate >= 1, f"--annotate {args.annotate} must be at least 1"))
