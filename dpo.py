@@ -5,8 +5,10 @@
 Each pair has two responses to the prompt x: w was preferred to l. Take gradient steps on the
 pairs in random order. Later rounds add new pairs, sampled from the current policy.
 
-DPO: Rafailov et al. 2023 (arXiv:2305.18290). Rounds (iterated, online DPO): Guo et al. 2024
-(arXiv:2402.04792). If A is preferred to B with odds exp((R(A) - R(B)) / τ), the optimum is
+DPO: Rafailov et al. 2023 (arXiv:2305.18290). Rounds (iterative DPO): Xu et al. 2023
+(arXiv:2312.16682); with new pairs at every step: Guo et al. 2024 (arXiv:2402.04792).
+
+If A is preferred to B with odds exp((R(A) - R(B)) / τ), the optimum is
 π* ∝ π_ref · exp(R / (τβ)), which also maximises E[R] - τβ · KL(π ‖ π_ref). This holds for the
 sigmoid loss without label smoothing or length normalisation.
 
@@ -84,17 +86,10 @@ def fail(message):
 def check_args(args):
     """Exit with status 2 and one line if a flag's value makes no sense."""
     runs = Path("runs") if os.path.lexists("runs") else Path(".")
-    save_path = Path(args.save_path or "policy.pt")
-    folder = save_path.parent
     smoothing = args.label_smoothing
     rules = [
         (args.device == "cpu" or torch.cuda.is_available(), "--device cuda: no GPU is available"),
         (not args.tensorboard or is_writable(runs), "runs/ is not writable; use --no-tensorboard"),
-        (is_writable(folder), f"--save-path {save_path}: no folder there that can be written to"),
-        (
-            save_path.is_file() or not os.path.lexists(save_path),
-            f"--save-path {save_path} exists and is not a file; name another",
-        ),
         (0 <= args.seed < 2**63, f"--seed {args.seed} must be 0 or more"),
         (args.sft_steps >= 0, f"--sft-steps {args.sft_steps} must be 0 or more"),
         (args.epochs >= 1, f"--epochs {args.epochs} must be at least 1"),
@@ -111,6 +106,12 @@ def check_args(args):
         (0 < args.beta < 1e6, f"--beta {args.beta} must be in (0, 1e6)"),
         (0 <= smoothing < 0.5, f"--label-smoothing {smoothing} must be in [0, 0.5)"),
     ]
+    if args.save_path is not None:
+        save_path = Path(args.save_path)
+        writable = is_writable(save_path.parent)
+        free = save_path.is_file() or not os.path.lexists(save_path)
+        rules.append((writable, f"--save-path {save_path}: no folder there that can be written to"))
+        rules.append((free, f"--save-path {save_path} exists and is not a file; name another"))
     if args.loss_type in ("ipo", "hinge"):
         rules.append((smoothing == 0, f"--loss-type {args.loss_type} has no --label-smoothing"))
     if args.loss_type == "robust":
@@ -154,7 +155,7 @@ def make_prompts(device):
     solvable = (targets >= 0) & (targets <= 18)
     prompts = prompts[solvable].to(device)
     targets = targets[solvable].to(device)
-    order = random.Random(TARGET).sample(range(912), 912)
+    order = random.Random(20).sample(range(912), 912)
     train = order[:729]
     test = order[729:]
     return prompts[train], targets[train], prompts[test], targets[test]
@@ -187,7 +188,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
-        nn.init.zeros_(self.proj.weight)  # so that the block starts as the identity
+        nn.init.zeros_(self.proj.weight)  # so that at first a block adds a constant only
         nn.init.zeros_(self.down.weight)
 
     def forward(self, x):
@@ -256,7 +257,7 @@ def response_mask(responses):
 
 
 def response_states(gpt, prompts, responses):
-    """Hidden states from which each response token is predicted (the ones before it). (B, R, D)"""
+    """Hidden states that predict the response tokens: those one position before. (B, R, D)"""
     tokens = torch.cat([prompts, responses[:, :-1]], 1)
     return gpt(tokens)[:, prompts.shape[1] - 1 :]
 
@@ -274,7 +275,7 @@ def token_kl(logits, ref_logits):
 
 
 def masked_sum(x, mask):
-    """Sum over the unmasked tokens of each response: (B, R) to (B,)."""
+    """Sum over the tokens of each response where mask is true: (B, R) to (B,)."""
     return torch.where(mask, x, 0.0).sum(1)
 
 
@@ -464,7 +465,8 @@ def dpo_loss(chosen_logratios, rejected_logratios, ties, beta, loss_type, label_
 
     robust is sound for ε below the smallest probability with which the annotator prefers the worse
     response, σ(-1/τ) for rewards of 0 and 1. From there on, the expected loss has no minimum: the
-    weight of one of the two orders of a pair is not positive, and h runs to infinity.
+    weight of one of the two orders of a pair is not positive, and h runs to infinity. Of pairs that
+    were judged only once, the loss has no minimum for any ε: train for few epochs.
     """
     h = chosen_logratios - rejected_logratios
     chosen_weight = torch.full_like(h, 1 - label_smoothing)

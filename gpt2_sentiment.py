@@ -38,7 +38,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # unused; if torch imported it later, gloo's threads would never end
+import torch.distributed.nn  # unused, but imported later it would keep gloo's threads alive
 import torch.nn.functional as F
 import tyro
 from safetensors.torch import load_file, save_file
@@ -77,16 +77,16 @@ class Args:
     response_length: int = 20  # maximum number of response tokens
     temperature: float = 1.0  # sampling temperature; also used for log-probabilities
     top_k: int = 0  # sample from the k likeliest tokens; 0 = from all
-    top_p: float = 1.0  # sample from the fewest likeliest tokens with this total probability
+    top_p: float = 1.0  # sample from the fewest tokens that have this total probability
 
     # PPO
     kl_coef: float = 3.0  # β: price of a nat of KL(policy ‖ reference), in units of reward
     kl_target: float | None = 4.0  # adapt β towards this KL, in nats per response; None keeps β
-    kl_horizon: int = 500  # episodes in which the adaptive β changes by at most 20%
+    kl_horizon: int = 500  # episodes in which the adaptive β can change by about 20%
     gamma: float = 1.0  # discount per token; usually 1, since the score is paid at the end
     gae_lambda: float = 0.95  # GAE λ: 1 = Monte Carlo returns (unbiased), 0 = one-step TD
     clip_coef: float = 0.2  # ε: clipping range of the probability ratio π/π_old
-    value_clip: float = 1.0  # clipping range of value updates, in units of reward
+    value_clip: float = 1.0  # clipping range of value updates, in units of the (scaled) returns
     vf_coef: float = 0.02  # weight of the value loss
     ent_coef: float = 0.0  # entropy bonus
     separate_critic: bool = False  # give the critic a GPT-2 of its own, not a head on the policy
@@ -94,7 +94,7 @@ class Args:
     whiten_rewards: bool = True  # divide rewards by their standard deviation in each rollout
     normalize_advantages: bool = True  # whiten advantages over each rollout
     advantage_clip: float | None = None  # clip advantages to ± this, after any whitening
-    target_kl: float | None = None  # after each epoch, stop if KL(π_old ‖ π) exceeds this
+    target_kl: float | None = None  # stop after an epoch whose last approx_kl exceeds this
 
     def __post_init__(self):
         for name in ["save_dir", "resume", "prompts", "lexicon", "reward_model"]:
@@ -121,7 +121,6 @@ def is_writable(folder):
 def check_args(args):
     """Exit with status 2 and one line if a flag's value makes no sense."""
     runs = Path("runs") if os.path.lexists("runs") else Path(".")
-    save_dir = args.save_dir or Path("model")
     resume = args.resume
     other_flags = [f.name for f in fields(args) if getattr(args, f.name) != f.default]
     _, processes = rank_and_processes()
@@ -133,18 +132,6 @@ def check_args(args):
         (
             args.checkpoint_every is None or is_writable(runs),
             "--checkpoint-every: runs/ is not writable",
-        ),
-        (
-            is_writable(save_dir.parent),
-            f"--save-dir {save_dir}: no folder there that can be written to",
-        ),
-        (
-            len(os.fsencode(save_dir.name)) <= 200,
-            "--save-dir: the name is longer than 200 bytes",
-        ),
-        (
-            args.save_dir is None or not os.path.lexists(save_dir),
-            f"--save-dir {save_dir} exists already; move it away or name a new folder",
         ),
         (
             resume is None or other_flags == ["resume"],
@@ -191,6 +178,14 @@ def check_args(args):
             f"--missing-eos-penalty {args.missing_eos_penalty} must be in [0, 1e6)",
         ),
     ]
+    if args.save_dir is not None:
+        save_dir = args.save_dir
+        writable = is_writable(save_dir.parent)
+        rules.append((writable, f"--save-dir {save_dir}: no folder there that can be written to"))
+        short = len(os.fsencode(save_dir.name)) <= 200
+        rules.append((short, "--save-dir: the name is longer than 200 bytes"))
+        new = not os.path.lexists(save_dir)
+        rules.append((new, f"--save-dir {save_dir} exists already; move it away or name a new one"))
     if args.checkpoint_every is not None:
         valid = args.checkpoint_every >= 1
         rules.append((valid, f"--checkpoint-every {args.checkpoint_every} must be at least 1"))
@@ -360,11 +355,7 @@ def sentiment_reward(response, lexicon):
 
 
 def plain_reward(response, lexicon):
-    """+1 for each good word and -1 for each bad word: negative for a response with more bad ones.
-
-    A negative reward pushes the policy away from what it wrote but says nothing about what to write
-    instead (appendix 2 of the tutorial).
-    """
+    """+1 for each good word and -1 for each bad word (appendix 2 of the tutorial)."""
     weights = [lexicon.get(word, 0) for word in split_words(response)]
     return float(sum(w > 0 for w in weights) - sum(w < 0 for w in weights))
 
@@ -448,7 +439,7 @@ class KVCache:
     """Keys and values of all tokens read so far, so that sampling reads each token only once."""
 
     def __init__(self, size):
-        self.size = size  # room for this many tokens
+        self.capacity = size  # room for this many tokens
         self.length = 0
         self.layers = {}
         self.mask = None  # (B, length), false at padding
@@ -456,8 +447,8 @@ class KVCache:
     def append(self, layer, k, v):
         """Store the new tokens' keys and values, (B, H, T, D/H). Returns those of all tokens."""
         if layer not in self.layers:
-            B, H, _, size = k.shape
-            self.layers[layer] = k.new_empty(2, B, H, self.size, size)
+            B, H, _, head_width = k.shape
+            self.layers[layer] = k.new_empty(2, B, H, self.capacity, head_width)
         keys, values = self.layers[layer]
         end = self.length + k.shape[2]
         keys[:, :, self.length : end] = k
@@ -466,9 +457,9 @@ class KVCache:
 
 
 def linear(x, weight, bias=None):
-    """F.linear. On a CPU, one token per response, as in sampling, takes two thirds of the time.
+    """F.linear, on a CPU in two thirds of the time if each response has one token, as in sampling.
 
-    For that the product is turned round, and made in pieces that fit the cache.
+    It computes (W xᵀ)ᵀ, in slices of W that fit in the processor's cache.
     """
     one_token = x.dim() == 2 or x.shape[1] == 1
     if x.is_cuda or not one_token:
@@ -633,17 +624,20 @@ def embedded_gpt2(sentences):
 
 
 def pretrain_gpt2(policy, tokenizer, sentences, steps):
-    """Maximise the likelihood of the sentences, each between BOS and EOS, which are one token."""
+    """Maximise the likelihood of the sentences, each between BOS and EOS, which are the same."""
     eos = policy.config.eos_token_id
     device = policy.wte.weight.device
     rows = [[eos, *encoding.ids, eos] for encoding in tokenizer.encode_batch(sentences)]
     tokens = pad_left(rows).to(device)
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.99), fused=True)
     for step in range(steps):
+        # Linear warmup over the first 5% of the steps, then linear decay.
         optimizer.param_groups[0]["lr"] = 4e-3 * min(1 - step / steps, 20 * (step + 1) / steps)
         batch = tokens[torch.randint(len(tokens), (64,)).to(device)]
         logits = policy.head(policy(batch[:, :-1]))
-        targets = batch[:, 1:].masked_fill(batch[:, :-1] == PAD, PAD)  # nothing predicts BOS
+        targets = batch[:, 1:].masked_fill(
+            batch[:, :-1] == PAD, PAD
+        )  # padding does not predict BOS
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=PAD)
         optimizer.zero_grad()
         loss.backward()
@@ -660,7 +654,7 @@ def pad_left(rows):
 
 
 def encode_prompts(tokenizer, texts, bos):
-    """Texts to tokens (N, P), each behind the token that begins a text."""
+    """Texts to tokens (N, P), each after BOS."""
     encodings = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     return pad_left([[bos, *encoding.ids] for encoding in encodings])
 
@@ -668,8 +662,8 @@ def encode_prompts(tokenizer, texts, bos):
 def decode_texts(tokenizer, prompts, responses, eos):
     """Tokens to the texts of the prompts and of the responses, up to EOS: two lists.
 
-    Each response is decoded behind its prompt, since some decoders drop the blank that a text
-    begins with.
+    Each response is decoded together with its prompt, since some decoders drop the space that a
+    text begins with.
     """
     prompt_rows = []
     whole_rows = []
@@ -715,9 +709,9 @@ def restrict(logits, allowed):
 def generate_texts(policy, prompts, noise, temperature, top_k, top_p):
     """Sample responses (B, R). Each ends at its first EOS and is padded with EOS.
 
-    noise (B, R), uniform on [0, 1), selects each token by the inverse of the cumulative
-    distribution. So a response depends neither on the other rows nor on how many processes there
-    are. Also returns the tokens that were allowed at each step (B, R, V), or None for all.
+    noise (B, R), uniform on [0, 1), selects each token by inverse transform sampling. So a response
+    depends neither on the other rows nor on how many processes there are. Also returns the tokens
+    that were allowed at each step (B, R, V), or None for all.
     """
     eos = policy.config.eos_token_id
     cache = KVCache(prompts.shape[1] + noise.shape[1])
@@ -750,7 +744,7 @@ def mask_to_eos(responses, eos):
 
 
 def response_states(gpt, prompts, responses):
-    """Hidden states from which each response token is predicted (the ones before it). (B, R, D)"""
+    """Hidden states that predict the response tokens: those one position before. (B, R, D)"""
     tokens = torch.cat([prompts, responses[:, :-1]], 1)
     return gpt(tokens)[:, prompts.shape[1] - 1 :]
 
@@ -760,12 +754,12 @@ def autocast(args):
 
 
 def response_logits(policy, prompts, responses, allowed, args):
-    """Hidden states (B, R, D), and logits (B, R, V) of the distribution that was sampled from.
+    """Hidden states (B, R, D), and logits (B, R, V) at the sampling temperature.
 
-    With --top-k or --top-p, the new policy and the reference are renormalised over the tokens that
-    were allowed in the rollout (the "keep sampling mask" of DeepSeek-V3.2, arXiv:2512.02556). Over
-    sets of their own, they could give a sampled token probability 0 and the ratio or KL would be
-    infinite. The KL is then one between these restricted distributions.
+    With --top-k or --top-p, every model is restricted to the tokens that were allowed in the
+    rollout (the "keep sampling mask" of DeepSeek-V3.2, arXiv:2512.02556). With a set of its own, it
+    could give a sampled token probability 0, and the ratio or the KL would be infinite. The KL is
+    then between the restricted distributions.
     """
     with autocast(args):
         states = response_states(policy, prompts, responses)
@@ -786,17 +780,17 @@ def token_kl(logits, ref_logits):
 
 
 def masked_sum(x, mask):
-    """Sum over the unmasked tokens of each response: (B, R) to (B,)."""
+    """Sum over the tokens of each response where mask is true: (B, R) to (B,)."""
     return torch.where(mask, x, 0.0).sum(1)
 
 
 def masked_mean(x, mask):
-    """Mean over all unmasked tokens: (B, R) to a scalar."""
+    """Mean over all tokens where mask is true: (B, R) to a scalar."""
     return masked_sum(x, mask).sum() / mask.sum()
 
 
 def whiten(x, mask):
-    """Give the unmasked tokens of x (B, R) mean 0 and variance 1 (divided by N); 0 elsewhere."""
+    """Give x (B, R) mean 0 and variance 1 (over N) where mask is true; 0 elsewhere."""
     mean = masked_mean(x, mask)
     std = masked_mean((x - mean) ** 2, mask).sqrt()
     return torch.where(mask, (x - mean) / (std + 1e-8), 0.0)
@@ -851,6 +845,7 @@ def sum_over_processes(tensors):
 def sample_and_score(policy, reference, prompts, noise, args):
     """Sample responses (B, R), and run the policy and the reference over them.
 
+    The policy reads them once more without the cache, as in training: so the first ratio is 1.
     Also returns the tokens that were allowed (B, R, V), or None for all, the policy's hidden states
     (B, R, D), and the logits of both (B, R, V).
     """
@@ -887,10 +882,10 @@ def sample_rollout(policy, critic, reference, prompts, noise, args):
 
 @torch.no_grad()
 def evaluate_texts(policy, reference, prompts, tokenizer, reward_model, lexicon, args):
-    """Sample args.eval_samples responses, prompts in turn. Returns metrics, texts and scores.
+    """Sample args.eval_samples responses, prompt after prompt. Returns metrics, texts and scores.
 
-    KL is exact per token, in nats per response. Every call uses the same random numbers: responses
-    before and after training are paired.
+    The KL is in nats per response; at each token it is summed over the vocabulary. Every call uses
+    the same random numbers, so that responses before and after training can be compared in pairs.
     """
     eos = policy.config.eos_token_id
     generator = torch.Generator().manual_seed(args.seed)
@@ -943,11 +938,11 @@ def token_rewards(scores, kl, mask, kl_coef):
 
 
 def scale_rewards(rewards, mask):
-    """Divide rewards (B, R) by their standard deviation (over N) of the unmasked tokens.
+    """Divide rewards (B, R) by the standard deviation of the rollout's token rewards (over N).
 
-    Rewards and KL penalty keep their ratio, and the mean is divided too (TRL and verl put the old
-    mean back). The deviation is that of one rollout. It grows as training spreads the scores (from
-    2 to 9 in the default run), so the same score gives smaller returns and the critic lags behind.
+    The mean is not subtracted, so that scores and KL penalties keep their proportion. The deviation
+    grows as the scores spread (from 2 to 9 in the default run); the same score then gives a smaller
+    return, and the critic lags behind.
     """
     mean = masked_mean(rewards, mask)
     std = masked_mean((rewards - mean) ** 2, mask).sqrt()
@@ -974,9 +969,9 @@ def compute_gae(rewards, values, mask, gamma, gae_lambda):
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip_coef):
     """Clipped surrogate objective (Schulman et al. 2017, eq. 7), negated. All inputs (B, R).
 
-    Summed over tokens, averaged over responses: at π = π_old, and with unbiased advantages (γ = 1),
-    its expected gradient is that of -J. A mean over the tokens of each response would instead give
-    the tokens of short responses more weight.
+    Summed over tokens, averaged over responses: at π = π_old, and with unbiased advantages (γ = 1,
+    and λ = 1 or an exact critic), its expected gradient is that of -J. A mean over the tokens of
+    each response would give the tokens of short responses more weight.
     """
     logratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     ratio = logratio.exp()
@@ -993,7 +988,9 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip_coef):
 
 
 def value_loss(values, old_values, returns, mask, value_clip):
-    """Half the larger squared error: of the values, or clipped to within value_clip of the old."""
+    """Half the squared error of the values, or of the values clipped to within value_clip of the
+    old ones, whichever is larger. Summed over tokens, averaged over responses.
+    """
     clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
     error = torch.where(mask, values - returns, 0.0)
     clipped_error = torch.where(mask, clipped - returns, 0.0)
@@ -1001,7 +998,7 @@ def value_loss(values, old_values, returns, mask, value_clip):
 
 
 # ---------------------------------------------------------------------------- Files
-SUPPORTED = {  # what GPT2 implements. A key that config.json lacks has the first value.
+SUPPORTED = {  # what GPT2 implements. If config.json lacks a key, the first value is assumed.
     "model_type": ["gpt2"],
     "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
     "tie_word_embeddings": [True],
@@ -1037,7 +1034,7 @@ def read_config(path):
         value = raw.get(key, values[0])
         if value not in values or (key == "model_type" and key not in raw):
             raise ValueError(f"{key} is {raw.get(key)!r}; supported: {values}")
-    # What config.json leaves out is as in the first GPT-2.
+    # What config.json leaves out is as in the 124M GPT-2.
     config = Config(
         vocab_size=50257,
         n_positions=1024,
@@ -1237,7 +1234,7 @@ def load_checkpoint(run):
 def main(args):
     start_time = time.time()
     check_args(args)
-    args = replace(args)  # a default of None is filled in below, in a copy
+    args = replace(args)  # a copy, since the learning rate may be filled in below
     state = None
     run_folder = args.resume
     if run_folder is not None:
@@ -1286,7 +1283,7 @@ def main(args):
     if args.reward_model is not None:
         reward_model = load_text_reward_model(args.reward_model, device)
     if args.learning_rate is None:
-        # By trial: a loaded model bears less than the embedded one. 1.2e-5 for the 124M model.
+        # Found by trial: a loaded model needs smaller steps. 1.2e-5 for the 124M model.
         loaded_rate = 3.2e-4 / math.sqrt(config.n_embd)
         args.learning_rate = 3e-4 if args.model == "embedded" else loaded_rate
 
@@ -1351,10 +1348,13 @@ def main(args):
         decay = (num_rollouts - rollout + 1) / (num_rollouts - warmup + 1)
         learning_rate = args.learning_rate * min(rollout / warmup, decay)
         optimizer.param_groups[0]["lr"] = learning_rate
-        optimizer.param_groups[1]["lr"] = 10 * learning_rate  # the value head starts from zero
+        optimizer.param_groups[1]["lr"] = (
+            10 * learning_rate
+        )  # the value head starts at zero, so it must learn faster
 
         # 1. Rollout: sample a batch of responses and score their texts.
         rows = torch.randint(len(train_prompts), (args.batch_size,))
+        # The random numbers that select the tokens, the same however many processes share the work.
         noise = torch.rand(args.batch_size, args.response_length, dtype=torch.float64)
         prompts = train_prompts[rows]  # (B, P)
         responses, old_logprobs, ref_logprobs, old_values, allowed = sample_rollout(
@@ -1364,13 +1364,13 @@ def main(args):
         prompt_texts, texts = decode_texts(tokenizer, prompts, responses, eos)
         true_scores = score_texts(prompt_texts, texts, args.reward, lexicon)
         true_scores = to_scores(true_scores, args.batch_size, device)  # (B,)
-        scores = true_scores
+        scores = true_scores  # unless there is a reward model
         if reward_model is not None:
             scores = to_scores(reward_model(prompt_texts, texts), args.batch_size, device)
         has_eos = (responses == eos).any(1)
 
         # 2. Advantages: how much better each token did than the critic expected.
-        kl = old_logprobs - ref_logprobs  # (B, R), an unbiased estimate
+        kl = old_logprobs - ref_logprobs  # (B, R), an unbiased estimate of KL(π ‖ π_ref)
         penalized_scores = torch.where(has_eos, scores, scores - args.missing_eos_penalty)
         rewards = token_rewards(penalized_scores, kl, mask, kl_coef)
         if args.whiten_rewards:
@@ -1407,8 +1407,8 @@ def main(args):
                         entropy = masked_sum(entropy, mask[rows]).mean()
                     loss = pg_loss + args.vf_coef * vf_loss - args.ent_coef * entropy
 
-                    # The losses are means over responses: weighted by their numbers of rows, the
-                    # parts of a minibatch add up to its loss (the means over tokens nearly).
+                    # The loss is a mean over these responses. Weighted by their share, the losses
+                    # of all parts, on all processes, add up to the loss of the minibatch.
                     weight = len(rows) / minibatch_size
                     (weight * loss).backward()
                     metrics["policy_loss"] = pg_loss

@@ -7,7 +7,7 @@ its score minus the group's mean; take a few gradient steps on the clipped proba
 π/π_old, with the KL to the reference as a second loss.
 
 GRPO: Shao et al. 2024 (arXiv:2402.03300). As published: `--scale-rewards group --kl-estimator k3`.
-Left out: rewards per reasoning step, and new references and reward models during training.
+Left out: process supervision, and iterative GRPO (new references and reward models).
 `--loss-type dr-grpo` and `dapo` take one part of each paper: how tokens are averaged.
 Dr. GRPO (arXiv:2503.20783) also has `--scale-rewards none --kl-coef 0`; DAPO (arXiv:2503.14476)
 `--scale-rewards group --kl-coef 0 --clip-coef-high 0.28`. Left out of DAPO: dynamic sampling and
@@ -84,16 +84,9 @@ def fail(message):
 def check_args(args):
     """Exit with status 2 and one line if a flag's value makes no sense."""
     runs = Path("runs") if os.path.lexists("runs") else Path(".")
-    save_path = Path(args.save_path or "policy.pt")
-    folder = save_path.parent
     rules = [
         (args.device == "cpu" or torch.cuda.is_available(), "--device cuda: no GPU is available"),
         (not args.tensorboard or is_writable(runs), "runs/ is not writable; use --no-tensorboard"),
-        (is_writable(folder), f"--save-path {save_path}: no folder there that can be written to"),
-        (
-            save_path.is_file() or not os.path.lexists(save_path),
-            f"--save-path {save_path} exists and is not a file; name another",
-        ),
         (0 <= args.seed < 2**63, f"--seed {args.seed} must be 0 or more"),
         (args.sft_steps >= 0, f"--sft-steps {args.sft_steps} must be 0 or more"),
         (args.batch_size >= 1, f"--batch-size {args.batch_size} must be at least 1"),
@@ -112,6 +105,12 @@ def check_args(args):
         (0 <= args.kl_coef < 1e6, f"--kl-coef {args.kl_coef} must be in [0, 1e6)"),
         (0 < args.clip_coef < 1e6, f"--clip-coef {args.clip_coef} must be in (0, 1e6)"),
     ]
+    if args.save_path is not None:
+        save_path = Path(args.save_path)
+        writable = is_writable(save_path.parent)
+        free = save_path.is_file() or not os.path.lexists(save_path)
+        rules.append((writable, f"--save-path {save_path}: no folder there that can be written to"))
+        rules.append((free, f"--save-path {save_path} exists and is not a file; name another"))
     if args.clip_coef_high is not None:
         valid = 0 < args.clip_coef_high < 1e6
         rules.append((valid, f"--clip-coef-high {args.clip_coef_high} must be in (0, 1e6)"))
@@ -143,7 +142,7 @@ def make_prompts(device):
     solvable = (targets >= 0) & (targets <= 18)
     prompts = prompts[solvable].to(device)
     targets = targets[solvable].to(device)
-    order = random.Random(TARGET).sample(range(912), 912)
+    order = random.Random(20).sample(range(912), 912)
     train = order[:729]
     test = order[729:]
     return prompts[train], targets[train], prompts[test], targets[test]
@@ -176,7 +175,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
-        nn.init.zeros_(self.proj.weight)  # so that the block starts as the identity
+        nn.init.zeros_(self.proj.weight)  # so that at first a block adds a constant only
         nn.init.zeros_(self.down.weight)
 
     def forward(self, x):
@@ -212,8 +211,9 @@ class RewardModel(nn.Module):
     """Prompts (B, P) and responses (B, R) to scores (B,), learned by reward_model.py.
 
     The score is the mean of an ensemble of K members, minus uncertainty_coef times their standard
-    deviation (divided by K): a lower confidence bound. With a coefficient above 0, scores are a
-    little random, since they depend on a few responses sampled from the reference.
+    deviation (over K): a lower confidence bound, as in Coste et al. 2023 (arXiv:2310.02743), where
+    it is the variance. With a coefficient above 0, scores are a little random, since they depend on
+    a few responses sampled from the reference.
     """
 
     def __init__(self, ensemble_size, uncertainty_coef):
@@ -296,7 +296,7 @@ def response_mask(responses):
 
 
 def response_states(gpt, prompts, responses):
-    """Hidden states from which each response token is predicted (the ones before it). (B, R, D)"""
+    """Hidden states that predict the response tokens: those one position before. (B, R, D)"""
     tokens = torch.cat([prompts, responses[:, :-1]], 1)
     return gpt(tokens)[:, prompts.shape[1] - 1 :]
 
@@ -321,12 +321,12 @@ def token_kl(logits, ref_logits):
 
 
 def masked_sum(x, mask):
-    """Sum over the unmasked tokens of each response: (B, R) to (B,)."""
+    """Sum over the tokens of each response where mask is true: (B, R) to (B,)."""
     return torch.where(mask, x, 0.0).sum(1)
 
 
 def masked_mean(x, mask):
-    """Mean over all unmasked tokens: (B, R) to a scalar."""
+    """Mean over all tokens where mask is true: (B, R) to a scalar."""
     return masked_sum(x, mask).sum() / mask.sum()
 
 
@@ -374,7 +374,7 @@ def evaluate(policy, reference, prompts, targets, temperature):
 def group_advantages(scores, group_size, scale_rewards):
     """Score minus the mean score of the group. scores: (B,), groups adjacent; returns (B,).
 
-    Then divided, or not, by a standard deviation (divided by N) of the scores:
+    Then divided, or not, by a standard deviation (over N) of the scores:
     none   (arXiv:2503.20783): the policy gradient, but each response counts in the mean that it is
            compared with. The expected gradient of the reward shrinks to (G-1)/G of the true one,
            and β acts like β·G/(G-1). To undo this, multiply --kl-coef by (G-1)/G.
@@ -442,7 +442,7 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, weights, loss_type, clip
         metrics = {
             # KL(π_old ‖ π) by the k3 estimator, from the token ratios whatever the loss
             "approx_kl": masked_mean(token_ratio - 1 - logratio, mask),
-            # share of tokens whose ratio is clipped; for gspo this is the ratio of the response
+            # share of tokens whose ratio (for gspo that of the response) is outside the range
             "clipfrac": masked_mean((ratio != clipped).float(), mask),
             "ratio": masked_mean(token_ratio, mask),  # 1, up to rounding, at a rollout's first step
         }
@@ -540,7 +540,7 @@ def main(args):
         responses = generate(policy, prompts, args.temperature)  # (B, R)
         mask = response_mask(responses)  # (B, R)
         true_scores = get_scores(train_targets[rows], responses)  # (B,)
-        scores = true_scores
+        scores = true_scores  # unless there is a reward model
         with torch.no_grad():
             if reward_model is not None:
                 scores = reward_model(prompts, responses)
@@ -605,7 +605,7 @@ def main(args):
         seconds = time.time() - loop_start_time
         seconds_left = seconds * (num_rollouts - rollout) / rollout
         score = scores.mean().item()
-        kl = old_logprobs - ref_logprobs  # (B, R), an unbiased estimate
+        kl = old_logprobs - ref_logprobs  # (B, R), an unbiased estimate of KL(π ‖ π_ref)
         mean_kl = masked_sum(kl, mask).mean().item()
         if writer:
             writer.add_scalar("charts/score", score, episodes)

@@ -68,7 +68,7 @@ class Args:
     ent_coef: float = 0.0  # entropy bonus
     normalize_advantages: bool = False  # whiten advantages over each rollout
     advantage_clip: float | None = None  # clip advantages to ± this, after any whitening
-    target_kl: float | None = None  # after each epoch, stop if KL(π_old ‖ π) exceeds this
+    target_kl: float | None = None  # stop after an epoch whose last approx_kl exceeds this
 
 
 def is_writable(folder):
@@ -84,16 +84,9 @@ def fail(message):
 def check_args(args):
     """Exit with status 2 and one line if a flag's value makes no sense."""
     runs = Path("runs") if os.path.lexists("runs") else Path(".")
-    save_path = Path(args.save_path or "policy.pt")
-    folder = save_path.parent
     rules = [
         (args.device == "cpu" or torch.cuda.is_available(), "--device cuda: no GPU is available"),
         (not args.tensorboard or is_writable(runs), "runs/ is not writable; use --no-tensorboard"),
-        (is_writable(folder), f"--save-path {save_path}: no folder there that can be written to"),
-        (
-            save_path.is_file() or not os.path.lexists(save_path),
-            f"--save-path {save_path} exists and is not a file; name another",
-        ),
         (0 <= args.seed < 2**63, f"--seed {args.seed} must be 0 or more"),
         (args.sft_steps >= 0, f"--sft-steps {args.sft_steps} must be 0 or more"),
         (args.batch_size >= 1, f"--batch-size {args.batch_size} must be at least 1"),
@@ -115,6 +108,12 @@ def check_args(args):
         (0 <= args.vf_coef < 1e6, f"--vf-coef {args.vf_coef} must be in [0, 1e6)"),
         (0 <= args.ent_coef < 1e6, f"--ent-coef {args.ent_coef} must be in [0, 1e6)"),
     ]
+    if args.save_path is not None:
+        save_path = Path(args.save_path)
+        writable = is_writable(save_path.parent)
+        free = save_path.is_file() or not os.path.lexists(save_path)
+        rules.append((writable, f"--save-path {save_path}: no folder there that can be written to"))
+        rules.append((free, f"--save-path {save_path} exists and is not a file; name another"))
     if args.dual_clip is not None:
         rules.append((1 < args.dual_clip < 1e6, f"--dual-clip {args.dual_clip} must exceed 1"))
     if args.advantage_clip is not None:
@@ -152,7 +151,7 @@ def make_prompts(device):
     solvable = (targets >= 0) & (targets <= 18)
     prompts = prompts[solvable].to(device)
     targets = targets[solvable].to(device)
-    order = random.Random(TARGET).sample(range(912), 912)
+    order = random.Random(20).sample(range(912), 912)
     train = order[:729]
     test = order[729:]
     return prompts[train], targets[train], prompts[test], targets[test]
@@ -185,7 +184,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
-        nn.init.zeros_(self.proj.weight)  # so that the block starts as the identity
+        nn.init.zeros_(self.proj.weight)  # so that at first a block adds a constant only
         nn.init.zeros_(self.down.weight)
 
     def forward(self, x):
@@ -221,8 +220,9 @@ class RewardModel(nn.Module):
     """Prompts (B, P) and responses (B, R) to scores (B,), learned by reward_model.py.
 
     The score is the mean of an ensemble of K members, minus uncertainty_coef times their standard
-    deviation (divided by K): a lower confidence bound. With a coefficient above 0, scores are a
-    little random, since they depend on a few responses sampled from the reference.
+    deviation (over K): a lower confidence bound, as in Coste et al. 2023 (arXiv:2310.02743), where
+    it is the variance. With a coefficient above 0, scores are a little random, since they depend on
+    a few responses sampled from the reference.
     """
 
     def __init__(self, ensemble_size, uncertainty_coef):
@@ -305,7 +305,7 @@ def response_mask(responses):
 
 
 def response_states(gpt, prompts, responses):
-    """Hidden states from which each response token is predicted (the ones before it). (B, R, D)"""
+    """Hidden states that predict the response tokens: those one position before. (B, R, D)"""
     tokens = torch.cat([prompts, responses[:, :-1]], 1)
     return gpt(tokens)[:, prompts.shape[1] - 1 :]
 
@@ -330,17 +330,17 @@ def token_kl(logits, ref_logits):
 
 
 def masked_sum(x, mask):
-    """Sum over the unmasked tokens of each response: (B, R) to (B,)."""
+    """Sum over the tokens of each response where mask is true: (B, R) to (B,)."""
     return torch.where(mask, x, 0.0).sum(1)
 
 
 def masked_mean(x, mask):
-    """Mean over all unmasked tokens: (B, R) to a scalar."""
+    """Mean over all tokens where mask is true: (B, R) to a scalar."""
     return masked_sum(x, mask).sum() / mask.sum()
 
 
 def whiten(x, mask):
-    """Give the unmasked tokens of x (B, R) mean 0 and variance 1 (divided by N); 0 elsewhere."""
+    """Give x (B, R) mean 0 and variance 1 (over N) where mask is true; 0 elsewhere."""
     mean = masked_mean(x, mask)
     std = masked_mean((x - mean) ** 2, mask).sqrt()
     return torch.where(mask, (x - mean) / (std + 1e-8), 0.0)
@@ -413,9 +413,9 @@ def compute_gae(rewards, values, mask, gamma, gae_lambda):
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip_coef):
     """Clipped surrogate objective (Schulman et al. 2017, eq. 7), negated. All inputs (B, R).
 
-    Summed over tokens, averaged over responses: at π = π_old, and with unbiased advantages (γ = 1),
-    its expected gradient is that of -J. A mean over the tokens of each response would instead give
-    the tokens of short responses more weight.
+    Summed over tokens, averaged over responses: at π = π_old, and with unbiased advantages (γ = 1,
+    and λ = 1 or an exact critic), its expected gradient is that of -J. A mean over the tokens of
+    each response would give the tokens of short responses more weight.
     """
     logratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     ratio = logratio.exp()
@@ -444,7 +444,9 @@ def dual_clip_loss(logprobs, old_logprobs, advantages, mask, clip_coef, dual_cli
 
 
 def value_loss(values, old_values, returns, mask, value_clip):
-    """Half the larger squared error: of the values, or clipped to within value_clip of the old."""
+    """Half the squared error of the values, or of the values clipped to within value_clip of the
+    old ones, whichever is larger. Summed over tokens, averaged over responses.
+    """
     clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
     error = torch.where(mask, values - returns, 0.0)
     clipped_error = torch.where(mask, clipped - returns, 0.0)
@@ -514,7 +516,7 @@ def main(args):
         responses = generate(policy, prompts, args.temperature)  # (B, R)
         mask = response_mask(responses)  # (B, R)
         true_scores = get_scores(train_targets[rows], responses)  # (B,)
-        scores = true_scores
+        scores = true_scores  # unless there is a reward model
         with torch.no_grad():
             if reward_model is not None:
                 scores = reward_model(prompts, responses)
@@ -525,7 +527,7 @@ def main(args):
             ref_logprobs = token_logprobs(reference.head(ref_states) / args.temperature, responses)
 
         # 2. Advantages: how much better each token did than the critic expected.
-        kl = old_logprobs - ref_logprobs  # (B, R), an unbiased estimate
+        kl = old_logprobs - ref_logprobs  # (B, R), an unbiased estimate of KL(π ‖ π_ref)
         rewards = token_rewards(scores, kl, mask, args.kl_coef)
         advantages, returns = compute_gae(rewards, old_values, mask, args.gamma, args.gae_lambda)
         if args.normalize_advantages:

@@ -83,16 +83,9 @@ def fail(message):
 def check_args(args):
     """Exit with status 2 and one line if a flag's value makes no sense."""
     runs = Path("runs") if os.path.lexists("runs") else Path(".")
-    save_path = Path(args.save_path or "policy.pt")
-    folder = save_path.parent
     rules = [
         (args.device == "cpu" or torch.cuda.is_available(), "--device cuda: no GPU is available"),
         (not args.tensorboard or is_writable(runs), "runs/ is not writable; use --no-tensorboard"),
-        (is_writable(folder), f"--save-path {save_path}: no folder there that can be written to"),
-        (
-            save_path.is_file() or not os.path.lexists(save_path),
-            f"--save-path {save_path} exists and is not a file; name another",
-        ),
         (0 <= args.seed < 2**63, f"--seed {args.seed} must be 0 or more"),
         (args.sft_steps >= 0, f"--sft-steps {args.sft_steps} must be 0 or more"),
         (args.batch_size >= 1, f"--batch-size {args.batch_size} must be at least 1"),
@@ -109,6 +102,12 @@ def check_args(args):
         (0 < args.rwr_temperature < 1e6, "--rwr-temperature must be in (0, 1e6)"),
         (0 < args.rwr_top_fraction <= 1, "--rwr-top-fraction must be in (0, 1]"),
     ]
+    if args.save_path is not None:
+        save_path = Path(args.save_path)
+        writable = is_writable(save_path.parent)
+        free = save_path.is_file() or not os.path.lexists(save_path)
+        rules.append((writable, f"--save-path {save_path}: no folder there that can be written to"))
+        rules.append((free, f"--save-path {save_path} exists and is not a file; name another"))
     # A baseline is an average over other responses, so there must be some.
     if args.baseline == "leave-one-out" and args.objective == "reinforce":
         rules.append((args.group_size >= 2, "--baseline leave-one-out: --group-size 2 or more"))
@@ -149,7 +148,7 @@ def make_prompts(device):
     solvable = (targets >= 0) & (targets <= 18)
     prompts = prompts[solvable].to(device)
     targets = targets[solvable].to(device)
-    order = random.Random(TARGET).sample(range(912), 912)
+    order = random.Random(20).sample(range(912), 912)
     train = order[:729]
     test = order[729:]
     return prompts[train], targets[train], prompts[test], targets[test]
@@ -196,7 +195,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
-        nn.init.zeros_(self.proj.weight)  # so that the block starts as the identity
+        nn.init.zeros_(self.proj.weight)  # so that at first a block adds a constant only
         nn.init.zeros_(self.down.weight)
 
     def forward(self, x):
@@ -265,7 +264,7 @@ def response_mask(responses):
 
 
 def response_states(gpt, prompts, responses):
-    """Hidden states from which each response token is predicted (the ones before it). (B, R, D)"""
+    """Hidden states that predict the response tokens: those one position before. (B, R, D)"""
     tokens = torch.cat([prompts, responses[:, :-1]], 1)
     return gpt(tokens)[:, prompts.shape[1] - 1 :]
 
@@ -283,7 +282,7 @@ def token_kl(logits, ref_logits):
 
 
 def masked_sum(x, mask):
-    """Sum over the unmasked tokens of each response: (B, R) to (B,)."""
+    """Sum over the tokens of each response where mask is true: (B, R) to (B,)."""
     return torch.where(mask, x, 0.0).sum(1)
 
 
@@ -461,7 +460,7 @@ def main(args):
 
         # 2. Advantages: the reward from each token on, minus a baseline. As long as the baseline
         # does not depend on this token or later ones, the expected gradient stays the same.
-        kl = logprobs.detach() - ref_logprobs  # (B, R), an unbiased estimate
+        kl = logprobs.detach() - ref_logprobs  # (B, R), an unbiased estimate of KL(π ‖ π_ref)
         if args.reward == "outcome":
             rewards = token_rewards(scores, kl, mask, args.kl_coef)
         else:

@@ -20,7 +20,7 @@ The task: given three digits, write two more and EOS so that all five sum to 20.
 first trained on correct answers (SFT). It is the reference; its responses are judged by a simulated
 annotator, or by you. To use your own task or model, replace the sections "Task" and "Model".
 
-    python reward_model.py --save-path rm.pt && python ppo.py --reward-model rm.pt    # 0.58 -> 0.99
+    python reward_model.py --save-path rm.pt && python ppo.py --reward-model rm.pt    # 0.59 -> 0.99
     python reward_model.py --annotate 50 --preferences mine.jsonl    # judge pairs yourself, then
     python reward_model.py --preferences mine.jsonl                  # learn; --help lists all flags
 """
@@ -91,16 +91,9 @@ def fail(message):
 def check_args(args):
     """Exit with status 2 and one line if a flag's value makes no sense."""
     runs = Path("runs") if os.path.lexists("runs") else Path(".")
-    save_path = Path(args.save_path or "rm.pt")
-    folder = save_path.parent
     rules = [
         (args.device == "cpu" or torch.cuda.is_available(), "--device cuda: no GPU is available"),
         (not args.tensorboard or is_writable(runs), "runs/ is not writable; use --no-tensorboard"),
-        (is_writable(folder), f"--save-path {save_path}: no folder there that can be written to"),
-        (
-            save_path.is_file() or not os.path.lexists(save_path),
-            f"--save-path {save_path} exists and is not a file; name another",
-        ),
         (0 <= args.seed < 2**63, f"--seed {args.seed} must be 0 or more"),
         (args.sft_steps >= 0, f"--sft-steps {args.sft_steps} must be 0 or more"),
         (args.num_examples >= 1, f"--num-examples {args.num_examples} must be at least 1"),
@@ -114,6 +107,12 @@ def check_args(args):
         (args.ensemble_size >= 1, f"--ensemble-size {args.ensemble_size} must be at least 1"),
         (0 <= args.uncertainty_coef < 1e6, "--uncertainty-coef must be in [0, 1e6)"),
     ]
+    if args.save_path is not None:
+        save_path = Path(args.save_path)
+        writable = is_writable(save_path.parent)
+        free = save_path.is_file() or not os.path.lexists(save_path)
+        rules.append((writable, f"--save-path {save_path}: no folder there that can be written to"))
+        rules.append((free, f"--save-path {save_path} exists and is not a file; name another"))
     if args.annotate is not None:
         rules.append((args.annotate >= 1, f"--annotate {args.annotate} must be at least 1"))
         rules.append((args.preferences is not None, "--annotate needs --preferences FILE"))
@@ -168,7 +167,7 @@ def make_prompts(device):
     solvable = (targets >= 0) & (targets <= 18)
     prompts = prompts[solvable].to(device)
     targets = targets[solvable].to(device)
-    order = random.Random(TARGET).sample(range(912), 912)
+    order = random.Random(20).sample(range(912), 912)
     train = order[:729]
     test = order[729:]
     return prompts[train], targets[train], prompts[test], targets[test]
@@ -201,7 +200,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
-        nn.init.zeros_(self.proj.weight)  # so that the block starts as the identity
+        nn.init.zeros_(self.proj.weight)  # so that at first a block adds a constant only
         nn.init.zeros_(self.down.weight)
 
     def forward(self, x):
@@ -237,8 +236,9 @@ class RewardModel(nn.Module):
     """Prompts (B, P) and responses (B, R) to scores (B,), learned by reward_model.py.
 
     The score is the mean of an ensemble of K members, minus uncertainty_coef times their standard
-    deviation (divided by K): a lower confidence bound. With a coefficient above 0, scores are a
-    little random, since they depend on a few responses sampled from the reference.
+    deviation (over K): a lower confidence bound, as in Coste et al. 2023 (arXiv:2310.02743), where
+    it is the variance. With a coefficient above 0, scores are a little random, since they depend on
+    a few responses sampled from the reference.
     """
 
     def __init__(self, ensemble_size, uncertainty_coef):
@@ -302,7 +302,7 @@ def response_mask(responses):
 
 
 def response_states(gpt, prompts, responses):
-    """Hidden states from which each response token is predicted (the ones before it). (B, R, D)"""
+    """Hidden states that predict the response tokens: those one position before. (B, R, D)"""
     tokens = torch.cat([prompts, responses[:, :-1]], 1)
     return gpt(tokens)[:, prompts.shape[1] - 1 :]
 
@@ -321,7 +321,7 @@ def token_logprobs(logits, responses):
 
 
 def masked_sum(x, mask):
-    """Sum over the unmasked tokens of each response: (B, R) to (B,)."""
+    """Sum over the tokens of each response where mask is true: (B, R) to (B,)."""
     return torch.where(mask, x, 0.0).sum(1)
 
 
@@ -563,10 +563,11 @@ def normalise(members, prompts, responses):
 def evaluate_scores(reward_model, policy, prompts, targets, annotator_temperature):
     """Compare scores with the annotator and with the true reward, on 16 sampled pairs per prompt.
 
-    accuracy: how often the annotator prefers the response with the higher score, with its
-    standard error. bayes_accuracy: the same for the true reward; no scores can do better.
-    Neither counts pairs of identical responses. correlation: of scores and true rewards.
-    deviation: standard deviation of the ensemble's margins (score differences of a pair).
+    accuracy: how often the annotator prefers the response with the higher score, with its standard
+    error, as if every pair had a prompt of its own. bayes_accuracy: the same for the true reward;
+    no scores can do better. Neither counts pairs of identical responses. correlation: of scores and
+    true rewards. deviation: standard deviation of the ensemble's margins (score differences of a
+    pair).
     """
     correct = []
     bayes_correct = []

@@ -23,7 +23,7 @@ POLICY_SCRIPTS = ["reinforce.py", "ppo.py", "grpo.py", "dpo.py"]
 ABOUT = {
     "reinforce.py": "policy gradient with a baseline",
     "ppo.py": "clipped policy gradient with a critic",
-    "grpo.py": "policy gradient relative to a group's mean",
+    "grpo.py": "PPO with the group's mean instead of a critic",
     "dpo.py": "learn from preference pairs, without a reward model",
     "reward_model.py": "learn the reward from preferences, labels or demonstrations",
     "digits_sum20.py": "imitation against trial and error, on an MLP",
