@@ -769,6 +769,11 @@ def test_a_learned_reward_is_maximised_and_the_true_one_logged(monkeypatch):
     assert [step for step, _ in curves["eval/win_rate"]] == [640]
 
 
+def test_a_run_that_writes_nothing_needs_no_writable_folder(monkeypatch):
+    monkeypatch.setattr(gpt2, "is_writable", lambda folder: False)
+    gpt2.check_args(gpt2.Args(**SMALL))
+
+
 def test_a_file_named_runs_is_in_the_way(tmp_path, capsys):
     (tmp_path / "runs").write_text("")
     stops(SMALL | {"tensorboard": True}, "--no-tensorboard", capsys)

@@ -128,6 +128,14 @@ def test_sft_takes_as_many_steps_as_the_flag_says(script, monkeypatch):
 
 # ---------------------------------------------------------------------------- Files
 @each_script
+def test_a_run_that_writes_nothing_needs_no_writable_folder(script, monkeypatch):
+    monkeypatch.setattr(script, "is_writable", lambda folder: False)
+    script.check_args(few(script))
+    with pytest.raises(SystemExit):
+        script.check_args(few(script, tensorboard=True))
+
+
+@each_script
 def test_two_runs_of_the_same_second_share_no_events(script, monkeypatch, tmp_path):
     now = datetime(2026, 1, 2, 3, 4, 5)
     times = iter([now, now.replace(microsecond=1), now])
