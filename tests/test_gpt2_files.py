@@ -172,6 +172,21 @@ def test_a_vocabulary_padded_for_speed(model):
     assert policy.wte.weight.shape == (320, 32)
 
 
+def test_too_many_rows_are_no_padding(model, capfd):
+    """128 of them: even a multiple of 128 is never that far away."""
+    tokenizer = gpt2.Tokenizer.from_file(str(model / "tokenizer.json"))
+    tokenizer.add_tokens([f"<{i}>" for i in range(20)])
+    tokenizer.save(str(model / "tokenizer.json"))
+
+    def change(weights):
+        wte = weights["transformer.wte.weight"]
+        weights["transformer.wte.weight"] = torch.cat([wte, torch.zeros(148, 32)])
+
+    change_weights(model, change)
+    change_config(model, vocab_size=448)
+    refused(model, capfd, "tokenizer has 320 tokens", "448")
+
+
 BAD_CONFIGS = [
     ({"model_type": "llama"}, "model_type"),
     ({"model_type": "absent"}, "model_type"),
