@@ -1210,10 +1210,7 @@ def save_checkpoint(path, state, args):
             flags[name] = str(value)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with open(part, "wb") as file:
-            torch.save({"args": flags, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())  # on the disk before it gets its name
+        torch.save({"args": flags, **state}, part)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
@@ -1288,7 +1285,7 @@ def main(args):
         args.learning_rate = 3e-4 if args.model == "embedded" else loaded_rate
 
     # Reference, critic, optimizer.
-    if processes > 1:
+    if processes > 1:  # each has made its own model: start from the same weights
         for parameter in policy.parameters():
             dist.broadcast(parameter.data, 0)
     reference = copy.deepcopy(policy).requires_grad_(False)

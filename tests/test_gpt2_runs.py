@@ -514,10 +514,10 @@ def test_resume_takes_no_other_flags(uninterrupted, capsys):
 # ---------------------------------------------------------------- Several processes
 
 
-def torchrun(*words):
+def torchrun(*words, script=ROOT / "gpt2_sentiment.py"):
     """Two processes of the real command, with gloo."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(ROOT / "gpt2_sentiment.py"), *words]
+    command += ["--nproc-per-node", "2", str(script), *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
@@ -528,8 +528,28 @@ def test_one_of_two_processes_says_what_is_wrong(tmp_path):
     assert "error: --batch-size 0 must be at least 1\n" in done.stderr
 
 
+# The real program, but the model that the second process loads has other weights.
+OTHER_WEIGHTS = """
+import os, sys
+import tyro
+sys.path.insert(0, {root!r})
+import gpt2_sentiment as gpt2
+
+load_gpt2 = gpt2.load_gpt2
+
+def load_other(folder):
+    policy, tokenizer, score_head = load_gpt2(folder)
+    for parameter in policy.parameters():
+        parameter.data += 0.01 * int(os.environ["RANK"])
+    return policy, tokenizer, score_head
+
+gpt2.load_gpt2 = load_other
+gpt2.main(tyro.cli(gpt2.Args))
+"""
+
+
 def test_two_processes_do_what_one_does(tmp_path, default_result):
-    """The same batch, so the same weights but for rounding."""
+    """The same batch and the first process's weights, so the same result but for rounding."""
     flags = SMALL | {"reward": "composite", "ent_coef": 0.1, "whiten_rewards": False, "top_k": 60}
     run(**flags | {"save_dir": tmp_path / "one"})
     words = ["--no-tensorboard", "--save-dir", "two"]
@@ -537,11 +557,12 @@ def test_two_processes_do_what_one_does(tmp_path, default_result):
         if name not in ("tensorboard", "whiten_rewards"):
             words += [f"--{name.replace('_', '-')}", str(value)]
     words += ["--no-whiten-rewards", "--checkpoint-every", "1"]
-    done = torchrun(*words)
+    (tmp_path / "other.py").write_text(OTHER_WEIGHTS.format(root=str(ROOT)))
+    done = torchrun(*words, script=tmp_path / "other.py")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("parameters on cpu") == 1  # only one of them talks
     check_same_weights(tmp_path / "one", tmp_path / "two")
-    assert sorted(os.listdir(tmp_path)) == ["one", "runs", "two"]
+    assert sorted(os.listdir(tmp_path)) == ["one", "other.py", "runs", "two"]
 
 
 def test_a_rank_without_a_world_is_a_run_of_its_own(monkeypatch, tmp_path, default_result):
