@@ -4,13 +4,13 @@
     python benchmark/optimizers.py --only exact ppo.py # these again; the others' numbers stay
 
 Every script trains as it is, with AdamW, and again with Muon for the matrices of the transformer
-blocks (torch.optim.Muon; Jordan et al. 2024, with the learning rate of arXiv:2502.16982, at which
-a step is as long as one of AdamW). A step of Muon takes longer, so with it a script gets fewer
-episodes: about as many as take the same processor seconds.
+blocks (torch.optim.Muon; Jordan et al. 2024). Its updates are scaled to the size of AdamW's
+(arXiv:2502.16982), so that the scripts' learning rates suit both. A step of Muon takes longer, so
+with it a script gets fewer episodes: about as many as take the same processor seconds.
 
 The control, "exact": the objective of reinforce.py, J = E[R] - β · KL, with the same steps, prompts
 per step and learning rates, but on the exact gradient for these prompts, by enumeration. What is
-still missing at its end is not the fault of sampling.
+still missing at its end is not the fault of sampling responses.
 """
 
 import argparse
