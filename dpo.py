@@ -16,7 +16,7 @@ The task: given three digits, write two more and EOS so that all five sum to 20.
 first trained on correct answers (SFT). A frozen copy of it is the reference; DPO trains the
 original. To use your own task or model, replace the sections "Task" and "Model".
 
-    python dpo.py                             # held-out success 0.59 -> 0.97 in under a minute
+    python dpo.py                             # held-out success 0.59 -> 0.99 in under a minute
     python dpo.py --rounds 3                  # as many pairs in three rounds, twice the steps
     python dpo.py --preferences pairs.jsonl   # learn from a file; --help lists every flag
 """
