@@ -225,7 +225,7 @@ def check_short_run(script, folder, printed):
     """Check what a run of SHORT_RUN printed and wrote. Returns the saved file and events folder."""
     name = script.__name__
     header, *progress, ending = printed.splitlines()
-    date = r"\d{4}-\d{2}-\d{2}-\d{6}"
+    date = r"\d{4}-\d{2}-\d{2}-\d{6}-\d{6}"
     assert re.fullmatch(rf"{name}__1__{date}: [\d,]+ parameters on cpu", header), header
 
     rows = [re.fullmatch(PROGRESS, line).groups() for line in progress]

@@ -264,7 +264,7 @@ def test_rewards_as_printed_in_the_post():
 
 def test_rewards_as_printed_in_the_docstring():
     """Each row of the table, cut off after the digits that it shows."""
-    table = re.findall(r"^ +(distance from 20|\w+)((?: +-?[\d.]+)+)$", docstring(), re.M)
+    table = re.findall(r"^ *(distance from 20|\w+)((?: +-?[\d.]+)+)$", docstring(), re.M)
     (_, misses), *rows = table
     assert [name for name, _ in rows] == REWARDS
     for name, shown in rows:
@@ -922,7 +922,7 @@ def test_tables_of_answers(ladder):
 def test_curves(ladder):
     """One folder per run, so that TensorBoard draws the runs into one chart."""
     (folder,) = (ladder[2] / "runs").iterdir()
-    assert re.fullmatch(r"digits_sum20__1__\d{4}-\d\d-\d\d-\d{6}", folder.name)
+    assert re.fullmatch(r"digits_sum20__1__\d{4}-\d\d-\d\d-\d{6}-\d{6}", folder.name)
     found = {child.name: child for child in folder.iterdir() if child.is_dir()}
     assert set(found) == {f"{method}-{seed}" for method in digits.METHODS for seed in (1, 2)}
     measures = ["accuracy", "distinct", "cross_entropy", "entropy"]

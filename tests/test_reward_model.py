@@ -998,7 +998,7 @@ def test_program_and_pipeline(program):
     """Learn and save by the real command; ppo.py loads the file and trains on it."""
     folder, printed = program()
     header, *progress, ending = printed.splitlines()
-    date = r"\d{4}-\d{2}-\d{2}-\d{6}"
+    date = r"\d{4}-\d{2}-\d{2}-\d{6}-\d{6}"
     assert re.match(rf"reward_model__1__{date}: ", header)
     number = r"-?\d+\.\d{3}"
     form = rf"example +\d+  loss {number}  accuracy {number}  [\d,.]+ examples/s  \d+ s left"
