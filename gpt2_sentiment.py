@@ -1531,7 +1531,10 @@ def main(args):
         print("\n" + "\n\n".join([*examples, *endings[:1]]))
         print(f"{endings[1]}  {time.time() - start_time:.1f} s", flush=True)
     if processes > 1:
-        dist.barrier()  # nobody leaves while another still works
+        # Nobody leaves while another still works. A barrier would hold the tensors of the last
+        # all_gather, and gloo can hang where a thread frees such tensors while the group ends.
+        finished = torch.zeros(1, device=device)
+        dist.all_reduce(finished)
         dist.destroy_process_group()
     if save_error is not None:
         fail(save_error)
