@@ -1345,9 +1345,8 @@ def main(args):
         decay = (num_rollouts - rollout + 1) / (num_rollouts - warmup + 1)
         learning_rate = args.learning_rate * min(rollout / warmup, decay)
         optimizer.param_groups[0]["lr"] = learning_rate
-        optimizer.param_groups[1]["lr"] = (
-            10 * learning_rate
-        )  # the value head starts at zero, so it must learn faster
+        # The value head starts at zero, so it must learn faster.
+        optimizer.param_groups[1]["lr"] = 10 * learning_rate
 
         # 1. Rollout: sample a batch of responses and score their texts.
         rows = torch.randint(len(train_prompts), (args.batch_size,))

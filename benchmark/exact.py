@@ -45,31 +45,37 @@ def all_responses():
     return triples[padded.all(1)]
 
 
-@torch.no_grad()
-def next_token_logprobs(policy, prompts, temperature):
-    """Log-probabilities of all tokens at each place of each response: (N, Y, R, V), float64.
-
-    One forward pass over all pairs of digits, since these are all prefixes that a response has.
-    """
+def prefix_logits(policy, prompts):
+    """Logits after each prefix that a response has: all pairs of digits. (N, 100, R, V)"""
     digits = torch.arange(10, device=prompts.device)
     pairs = torch.cartesian_prod(digits, digits)  # (100, 2)
     tokens = torch.cat([prompts.repeat_interleave(100, 0), pairs.repeat(len(prompts), 1)], 1)
     states = policy(tokens)[:, prompts.shape[1] - 1 :]  # (N · 100, R, D)
-    logits = policy.head(states).double() / temperature
-    logprobs = logits.log_softmax(2).view(len(prompts), 100, *logits.shape[1:])
+    logits = policy.head(states)
+    return logits.view(len(prompts), 100, *logits.shape[1:])
+
+
+@torch.no_grad()
+def next_token_logprobs(policy, prompts, temperature):
+    """Log-probabilities of all tokens at each place of each response: (N, Y, R, V), float64."""
+    logprobs = (prefix_logits(policy, prompts).double() / temperature).log_softmax(3)
     # The row of a pair that begins with the same tokens. Where a response has EOS, any digit will
     # do: nothing after EOS counts.
     responses = all_responses().to(prompts.device).clamp(max=9)
     return logprobs[:, 10 * responses[:, 0] + responses[:, 1]]
 
 
-def response_logprobs(policy, prompts, temperature):
-    """Log-probability of each response to each prompt: (N, Y), float64."""
-    responses = all_responses().to(prompts.device)
-    logprobs = next_token_logprobs(policy, prompts, temperature)
-    index = responses[None, :, :, None].expand(len(prompts), -1, -1, -1)
-    token_logprobs = logprobs.gather(3, index).squeeze(3)  # (N, Y, R)
-    return torch.where(response_mask(responses), token_logprobs, 0.0).sum(2)
+def response_logprobs(policy, prompts, temperature, dtype=torch.float64):
+    """Log-probability of each response to each prompt, in the order of all_responses(). (N, Y)"""
+    logprobs = (prefix_logits(policy, prompts).to(dtype) / temperature).log_softmax(3)
+    logprobs = logprobs.unflatten(1, (10, 10))  # (N, 10, 10, R, V)
+    first = logprobs[:, 0, 0, 0]  # (N, V)
+    second = logprobs[:, :, 0, 1]  # (N, 10, V), after each first digit
+    third = logprobs[:, :, :, 2]  # (N, 10, 10, V), after each pair
+    one_digit = first[:, :10] + second[:, :, EOS]  # (N, 10)
+    three_tokens = first[:, :10, None, None] + second[:, :, :10, None] + third
+    longer = torch.cat([three_tokens.flatten(2), one_digit[:, :, None]], 2)  # (N, 10, 111)
+    return torch.cat([longer.flatten(1), first[:, EOS:]], 1)
 
 
 def response_table(function, first, responses):

@@ -184,6 +184,15 @@ def iteration(policy, folder, args):
         print(f"\nTRL's iteration takes {(generate + step) / parts['whole']:.2f} times as long")
 
 
+def random_gpt2(device):
+    """A GPT-2 of 124M parameters with random weights."""
+    policy = gpt2.GPT2(gpt2.Config(50257, 1024, 768, 12, 12)).to(device)
+    for parameter in policy.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return policy
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -194,10 +203,7 @@ def main():
     torch.set_num_threads(args.threads)
     torch.manual_seed(1)
     print(f"torch {torch.__version__}, {args.device}, {args.threads} threads\n", flush=True)
-    policy = gpt2.GPT2(gpt2.Config(50257, 1024, 768, 12, 12)).to(args.device)
-    for parameter in policy.parameters():
-        if parameter.dim() == 2:
-            torch.nn.init.normal_(parameter, std=0.02)
+    policy = random_gpt2(args.device)
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent, "gpt2")
         gpt2.save_gpt2(policy, gpt2.train_tokenizer(["any"], 300), folder)

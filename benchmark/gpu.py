@@ -22,6 +22,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from gpt2_speed import random_gpt2  # noqa: E402
+
 import gpt2_sentiment as gpt2  # noqa: E402
 import ppo  # noqa: E402
 
@@ -113,10 +115,7 @@ def main():
             speed = [sys.executable, str(ROOT / "benchmark" / "gpt2_speed.py")]
             done = subprocess.run([*speed, "--device", "cuda", "--bf16"], capture_output=True)
             print((done.stdout + done.stderr).decode())
-        model = gpt2.GPT2(gpt2.Config(50257, 1024, 768, 12, 12))
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                torch.nn.init.normal_(parameter, std=0.02)
+        model = random_gpt2("cpu")
         tokenizer = gpt2.train_tokenizer(gpt2.write_sentences(500, 1), 640)
         tokenizer.add_tokens([f"<{i}>" for i in range(50257 - tokenizer.get_vocab_size())])
         gpt2.save_gpt2(model, tokenizer, Path(folder, "gpt2"))

@@ -26,7 +26,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from exact import EOS, VOCAB, all_responses, evaluate, evaluate_file, response_table
+from exact import all_responses, evaluate, evaluate_file, response_logprobs, response_table
 from run import RESULTS, load_results, machine, save_results
 
 import grpo
@@ -87,26 +87,6 @@ def train_script(script, optimizer, seed, episodes):
         return evaluate_file(path), seconds
 
 
-def response_logprobs(policy, prompts):
-    """Log-probability of each response to each prompt: (N, Y), in the order of all_responses().
-
-    As in exact.py, but in float32 and fast to differentiate.
-    """
-    N = len(prompts)
-    digits = torch.arange(10)
-    pairs = torch.cartesian_prod(digits, digits)  # every prefix that a response has
-    tokens = torch.cat([prompts.repeat_interleave(100, 0), pairs.repeat(N, 1)], 1)
-    states = policy(tokens)[:, prompts.shape[1] - 1 :]
-    logprobs = policy.head(states).log_softmax(2).view(N, 10, 10, 3, VOCAB)
-    first = logprobs[:, 0, 0, 0]  # (N, V)
-    second = logprobs[:, :, 0, 1]  # (N, 10, V), after each first digit
-    third = logprobs[:, :, :, 2]  # (N, 10, 10, V), after each pair
-    one_digit = first[:, :10] + second[:, :, EOS]  # (N, 10)
-    three_tokens = first[:, :10, None, None] + second[:, :, :10, None] + third
-    longer = torch.cat([three_tokens.flatten(2), one_digit[:, :, None]], 2)  # (N, 10, 111)
-    return torch.cat([longer.flatten(1), first[:, EOS:]], 1)
-
-
 def train_exact(optimizer_name, seed):
     """Train as reinforce.py does, on the exact gradient. Returns exact metrics and seconds."""
     args = reinforce.Args(seed=seed)
@@ -133,8 +113,8 @@ def train_exact(optimizer_name, seed):
         prompts = train_prompts[rows]
         rewards = response_table(reinforce.reward, train_targets[rows], responses)  # (N, Y)
         with torch.no_grad():
-            ref_logprobs = response_logprobs(reference, prompts)
-        logprobs = response_logprobs(policy, prompts)  # (N, Y)
+            ref_logprobs = response_logprobs(reference, prompts, 1.0, torch.float32)
+        logprobs = response_logprobs(policy, prompts, 1.0, torch.float32)  # (N, Y)
         returns = rewards - args.kl_coef * (logprobs - ref_logprobs)
         loss = -(logprobs.exp() * returns).sum(1).mean()
         optimizer.zero_grad()
