@@ -486,8 +486,7 @@ def train(args, folder, verbose):
 
         # 3. Update: one gradient step.
         if not loss.isfinite():
-            # In a worker process, this ends up in the main process, which prints it once.
-            sys.exit(f"error: loss of {args.method} not finite in epoch {epoch}")
+            raise FloatingPointError(f"loss of {args.method} not finite in epoch {epoch}")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -603,5 +602,5 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main(tyro.cli(Args, description=__doc__))
-    except OSError as error:  # a full disk, a closed pipe
+    except (FloatingPointError, OSError) as error:  # a loss not finite, a full disk, a closed pipe
         fail(error)
