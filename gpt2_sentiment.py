@@ -18,7 +18,7 @@ Ziegler et al. 2019 (arXiv:1909.08593).
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.6,<2.14", "numpy>=1.26", "tyro>=0.9", "tensorboard>=2.16",
-#                 "safetensors>=0.4", "tokenizers>=0.19", "huggingface_hub>=0.25"]
+#                 "safetensors>=0.4", "tokenizers>=0.20", "huggingface_hub>=0.25"]
 # ///
 
 import copy

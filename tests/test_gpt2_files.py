@@ -14,7 +14,7 @@ from pathlib import Path
 import gpt2_hub
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 from safetensors.torch import load_file, save_file
 
 import gpt2_sentiment as gpt2
@@ -549,6 +549,8 @@ def hub(tmp_path, monkeypatch):
             "HF_HUB_OFFLINE": False,
         }.items():
             monkeypatch.setattr(constants, name, value, raising=False)
+            if hasattr(file_download, name):  # older versions keep a copy of some
+                monkeypatch.setattr(file_download, name, value)
         monkeypatch.delenv("HF_TOKEN", raising=False)
         yield hub
 
