@@ -1011,8 +1011,10 @@ def test_the_learning_rate_fits_the_model(monkeypatch):
     (rate,) = programs.values(rates["charts/learning_rate"])
     assert rate == pytest.approx(3.2e-4 / CONFIG["n_embd"] ** 0.5)
     rates.clear()
+    written = spy(monkeypatch, "write_sentences")
     run(tensorboard=True, learning_rate=None, total_episodes=8, model="embedded", pretrain_steps=1)
     assert programs.values(rates["charts/learning_rate"]) == [3e-4]
+    assert written[0][0] == (8_000, 1)  # number and seed of the sentences that it has read
 
 
 def test_the_learning_rate_rises_then_falls(monkeypatch, capsys):
