@@ -1,6 +1,6 @@
 """Imitation (SL) against trial and error (RL): the experiments of a blog post, on a small network.
 
-    loss = -mean[A(x, y) · log π(y | x)] - c · H(π(· | x))
+    loss = -mean[A(x, y) · log π(y | x) + c · H(π(· | x))]
 
 Supervised learning (SL): y runs over the correct answers to prompt x, A = 1 and c = 0.
 Reinforcement learning (RL): y is sampled from π, A = reward - baseline, and c weighs an entropy
@@ -320,7 +320,7 @@ def sample_weights(correct, samples_per_prompt):
     """The weight of each sample in the mean over all samples. correct: (N, A); returns (N, M).
 
     With samples_per_prompt = 0 a prompt has as many samples as correct answers, as in the post. M
-    is then the largest number of them, and the samples that a prompt has too many get weight 0.
+    is then the largest such number, and the surplus samples of the other prompts get weight 0.
     """
     counts = correct.sum(1, keepdim=True)  # (N, 1)
     if samples_per_prompt > 0:
@@ -371,7 +371,8 @@ def measure(model, prompts):
     """How well the model answers the prompts.
 
     accuracy: share of the most probable answers that are correct. distinct: number of different
-    ones. cross_entropy: the SL loss. entropy: of the policy, in nats, averaged over the prompts.
+    most probable answers. cross_entropy: the SL loss. entropy: of the policy, in nats, averaged
+    over the prompts.
     """
     logprobs = model(one_hot(prompts)).log_softmax(1)  # (N, A)
     correct = answer_sums(prompts) == TARGET  # (N, A)
@@ -515,6 +516,7 @@ def train(args, folder, verbose):
 
 
 def end_with_main_process():
+    """Wait until the main process has ended, then end this one."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -565,12 +567,13 @@ def main(args):
         writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *lines]))
         writer.close()
 
-    # Several runs share the cores. But a new process starts by running the main program again, so
-    # if that is another one, which has imported this file, train in this process instead.
+    # Several runs share the cores. But a worker process begins by importing the main program. If
+    # that is not this file but one that has imported it, train here, one run after another.
     if len(jobs) > 1 and __name__ == "__main__":
         outcomes = train_in_parallel(jobs, folders)
     else:
-        outcomes = map(train, jobs, folders, [len(jobs) == 1] * len(jobs))
+        verbose = len(jobs) == 1
+        outcomes = (train(*job, verbose) for job in zip(jobs, folders, strict=True))
 
     results = {method: [] for method in methods}
     answers = {}

@@ -8,7 +8,7 @@ pairs in random order. Later rounds add new pairs, sampled from the current poli
 DPO: Rafailov et al. 2023 (arXiv:2305.18290). Rounds (iterative DPO): Xu et al. 2023
 (arXiv:2312.16682); with new pairs at every step: Guo et al. 2024 (arXiv:2402.04792).
 
-If A is preferred to B with odds exp((R(A) - R(B)) / τ), the optimum is
+If A is preferred to B with probability σ((R(A) - R(B)) / τ), the optimum is
 π* ∝ π_ref · exp(R / (τβ)), which also maximises E[R] - τβ · KL(π ‖ π_ref). This holds for the
 sigmoid loss without label smoothing or length normalisation.
 
@@ -64,7 +64,7 @@ class Args:
     preferences: Path | None = None  # JSON lines of pairs; default: a simulated annotator's
     num_pairs: int = 73_728  # number of sampled preference pairs, over all rounds
     rounds: int = 1  # rounds of sampling; later ones add pairs from the current policy
-    annotator_temperature: float = 0.5  # τ: prefers A to B with odds exp((R(A) - R(B)) / τ)
+    annotator_temperature: float = 0.5  # τ: prefers A to B with probability σ((R(A) - R(B))/τ)
 
     # DPO
     beta: float = 0.25  # β: a larger value stays closer to the reference
@@ -173,6 +173,35 @@ def reward(targets, responses):
     """1 if the response is two digits with the target as their sum, and then EOS; else 0. (B,)"""
     well_formed = (responses[:, :2] != EOS).all(1) & (responses[:, 2] == EOS)
     return (well_formed & (responses[:, :2].sum(1) == targets)).float()
+
+
+def parse_preference(line):
+    """Read {"prompt": "433", "chosen": "73", "rejected": "11"}, with "tie": true if it is one.
+
+    Returns the tokens of prompt, chosen and rejected as lists, and tie as a bool. Raises
+    ValueError with what is wrong with the line.
+    """
+    try:
+        preference = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError("is not JSON") from None
+    if not isinstance(preference, dict):
+        raise ValueError("is not a JSON object")
+    for name in ("prompt", "chosen", "rejected"):
+        text = preference.get(name)
+        if not isinstance(text, str) or not re.fullmatch("[0-9]{0,3}", text):
+            raise ValueError(f'"{name}" must be a string of at most 3 digits')
+    if len(preference["prompt"]) != 3:
+        raise ValueError('"prompt" must have 3 digits')
+    tie = preference.get("tie", False)
+    if not isinstance(tie, bool):
+        raise ValueError('"tie" must be true or false')
+    prompt = [int(digit) for digit in preference["prompt"]]
+    chosen = [int(digit) for digit in preference["chosen"]]
+    rejected = [int(digit) for digit in preference["rejected"]]
+    chosen += [EOS] * (RESPONSE_LENGTH - len(chosen))  # three digits were truncated: no EOS
+    rejected += [EOS] * (RESPONSE_LENGTH - len(rejected))
+    return prompt, chosen, rejected, tie
 
 
 # ---------------------------------------------------------------------------- Model
@@ -339,35 +368,6 @@ def sample_preferences(policy, prompts, targets, annotator_temperature):
     chosen = torch.where(first_wins[:, None], first, second)
     rejected = torch.where(first_wins[:, None], second, first)
     return prompts, chosen, rejected, torch.zeros_like(first_wins)
-
-
-def parse_preference(line):
-    """Read {"prompt": "433", "chosen": "73", "rejected": "11"}, with "tie": true if it is one.
-
-    Returns the tokens of prompt, chosen and rejected as lists, and tie as a bool. Raises
-    ValueError with what is wrong with the line.
-    """
-    try:
-        preference = json.loads(line)
-    except (ValueError, RecursionError):
-        raise ValueError("is not JSON") from None
-    if not isinstance(preference, dict):
-        raise ValueError("is not a JSON object")
-    for name in ("prompt", "chosen", "rejected"):
-        text = preference.get(name)
-        if not isinstance(text, str) or not re.fullmatch("[0-9]{0,3}", text):
-            raise ValueError(f'"{name}" must be a string of at most 3 digits')
-    if len(preference["prompt"]) != 3:
-        raise ValueError('"prompt" must have 3 digits')
-    tie = preference.get("tie", False)
-    if not isinstance(tie, bool):
-        raise ValueError('"tie" must be true or false')
-    prompt = [int(digit) for digit in preference["prompt"]]
-    chosen = [int(digit) for digit in preference["chosen"]]
-    rejected = [int(digit) for digit in preference["rejected"]]
-    chosen += [EOS] * (RESPONSE_LENGTH - len(chosen))  # three digits were truncated: no EOS
-    rejected += [EOS] * (RESPONSE_LENGTH - len(rejected))
-    return prompt, chosen, rejected, tie
 
 
 def read_preferences(path, test_prompts):

@@ -38,7 +38,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # unused, but imported later it would keep gloo's threads alive
+import torch.distributed.nn  # unused here; if AdamW imports it while gloo runs, gloo never ends
 import torch.nn.functional as F
 import tyro
 from safetensors.torch import load_file, save_file
@@ -81,7 +81,7 @@ class Args:
 
     # PPO
     kl_coef: float = 3.0  # β: price of a nat of KL(policy ‖ reference), in units of reward
-    kl_target: float | None = 4.0  # adapt β towards this KL, in nats per response; None keeps β
+    kl_target: float | None = 4.0  # adapt β until the KL per response is this; None: constant β
     kl_horizon: int = 500  # episodes in which the adaptive β can change by about 20%
     gamma: float = 1.0  # discount per token; usually 1, since the score is paid at the end
     gae_lambda: float = 0.95  # GAE λ: 1 = Monte Carlo returns (unbiased), 0 = one-step TD
@@ -100,7 +100,7 @@ class Args:
         for name in ["save_dir", "resume", "prompts", "lexicon", "reward_model"]:
             value = getattr(self, name)
             if value is not None:
-                setattr(self, name, Path(value))  # main(Args(prompts="file.txt")) works too
+                setattr(self, name, Path(value))  # a caller or a checkpoint may give text
 
 
 def fail(message):
@@ -319,7 +319,10 @@ def read_lines(path, flag):
 
 
 def read_prompts(path):
-    """Prompts to train on and held-out prompts: lists of texts, from the file or the grammar."""
+    """Prompts to train on and held-out prompts: lists of texts, from the file or the grammar.
+
+    Of fewer than five lines none is held out; openings of the grammar take their place.
+    """
     others = sorted(set(OPENINGS) - set(TUTORIAL_PROMPTS))
     random.Random(20).shuffle(others)
     if path is None:
@@ -362,13 +365,13 @@ def plain_reward(response, lexicon):
 
 def positivity_reward(prompt, response):
     """Share of good words (-0.5 for a negated one) times the share of distinct words; 0 to 1."""
-    good_words = ["good", "great", "excellent", "wonderful", "amazing"]
+    positive_words = ["good", "great", "excellent", "wonderful", "amazing"]
     negations = ["not", "never", "don't", "no"]
     words = split_words(response)
     previous = (split_words(prompt) or [""])[-1]  # a negation can end the prompt
     score = 0.0
     for word in words:
-        if word in good_words:
+        if word in positive_words:
             score += -0.5 if previous in negations else 1.0
         previous = word
     length = max(len(words), 1)
@@ -459,7 +462,8 @@ class KVCache:
 def linear(x, weight, bias=None):
     """F.linear, on a CPU in two thirds of the time if each response has one token, as in sampling.
 
-    It computes (W xᵀ)ᵀ, in slices of W that fit in the processor's cache.
+    A CPU is faster at a large matrix times few columns than at few rows times a large matrix. So
+    this computes (W xᵀ)ᵀ, in slices of W that fit in the processor's cache.
     """
     one_token = x.dim() == 2 or x.shape[1] == 1
     if x.is_cuda or not one_token:
@@ -485,13 +489,13 @@ class GPT2Block(nn.Module):
         width = config.n_embd
         self.heads = config.n_head
         self.ln_1 = nn.LayerNorm(width, config.layer_norm_epsilon)
-        self.attn = nn.ModuleDict()
-        self.attn["c_attn"] = Linear(width, 3 * width)
-        self.attn["c_proj"] = Linear(width, width)
+        self.attn = nn.ModuleDict(
+            {"c_attn": Linear(width, 3 * width), "c_proj": Linear(width, width)}
+        )
         self.ln_2 = nn.LayerNorm(width, config.layer_norm_epsilon)
-        self.mlp = nn.ModuleDict()
-        self.mlp["c_fc"] = Linear(width, 4 * width)
-        self.mlp["c_proj"] = Linear(4 * width, width)
+        self.mlp = nn.ModuleDict(
+            {"c_fc": Linear(width, 4 * width), "c_proj": Linear(4 * width, width)}
+        )
 
     def forward(self, x, visible, cache, layer):
         """visible: (B, 1, T, S), which of the S tokens each of the T new tokens attends to."""
@@ -544,6 +548,7 @@ class GPT2(nn.Module):
         return self.ln_f(x)
 
     def head(self, states):
+        """Logits. There is no bias: dividing the states by the temperature divides the logits."""
         return linear(states, self.wte.weight)
 
 
@@ -635,9 +640,9 @@ def pretrain_gpt2(policy, tokenizer, sentences, steps):
         optimizer.param_groups[0]["lr"] = 4e-3 * min(1 - step / steps, 20 * (step + 1) / steps)
         batch = tokens[torch.randint(len(tokens), (64,)).to(device)]
         logits = policy.head(policy(batch[:, :-1]))
-        targets = batch[:, 1:].masked_fill(
-            batch[:, :-1] == PAD, PAD
-        )  # padding does not predict BOS
+        # Padding is followed by padding or by BOS, which nothing should predict.
+        is_padding = batch[:, :-1] == PAD
+        targets = batch[:, 1:].masked_fill(is_padding, PAD)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=PAD)
         optimizer.zero_grad()
         loss.backward()
@@ -720,7 +725,6 @@ def generate_texts(policy, prompts, noise, temperature, top_k, top_p):
     responses = []
     allowed = []
     for t in range(noise.shape[1]):
-        # The head is linear without a bias, so this divides the logits, but takes less time.
         logits = policy.head(policy(tokens, cache)[:, -1] / temperature).float()  # (B, V)
         if top_k > 0 or top_p < 1:
             likely = likely_tokens(logits, top_k, top_p)
@@ -875,7 +879,7 @@ def sample_rollout(policy, critic, reference, prompts, noise, args):
         chunks.append([y, token_logprobs(logits, y), token_logprobs(ref_logits, y), values])
         allowed_chunks.append(allowed)
     tensors = [gather(torch.cat(parts)) for parts in zip(*chunks, strict=True)]
-    if allowed is None:
+    if allowed_chunks[0] is None:
         return [*tensors, None]
     return [*tensors, gather(torch.cat(allowed_chunks))]
 
@@ -940,9 +944,9 @@ def token_rewards(scores, kl, mask, kl_coef):
 def scale_rewards(rewards, mask):
     """Divide rewards (B, R) by the standard deviation of the rollout's token rewards (over N).
 
-    The mean is not subtracted, so that scores and KL penalties keep their proportion. The deviation
-    grows as the scores spread (from 2 to 9 in the default run); the same score then gives a smaller
-    return, and the critic lags behind.
+    The mean is not subtracted, so that scores and KL penalties keep their proportion. There is a
+    price: as the scores spread (deviation from 2 to 9 in the default run), the same score gives a
+    smaller return, and the critic's values are too large until it has followed.
     """
     mean = masked_mean(rewards, mask)
     std = masked_mean((rewards - mean) ** 2, mask).sqrt()
@@ -970,8 +974,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip_coef):
     """Clipped surrogate objective (Schulman et al. 2017, eq. 7), negated. All inputs (B, R).
 
     Summed over tokens, averaged over responses: at π = π_old, and with unbiased advantages (γ = 1,
-    and λ = 1 or an exact critic), its expected gradient is that of -J. A mean over the tokens of
-    each response would give the tokens of short responses more weight.
+    λ = 1 or an exact critic, neither whitened nor clipped), its expected gradient is that of -J. A
+    mean over the tokens of each response would give the tokens of short responses more weight.
     """
     logratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     ratio = logratio.exp()
@@ -999,7 +1003,6 @@ def value_loss(values, old_values, returns, mask, value_clip):
 
 # ---------------------------------------------------------------------------- Files
 SUPPORTED = {  # what GPT2 implements. If config.json lacks a key, the first value is assumed.
-    "model_type": ["gpt2"],
     "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
     "tie_word_embeddings": [True],
     "scale_attn_weights": [True],
@@ -1030,10 +1033,11 @@ def find_folder(name):
 def read_config(path):
     """The Config in a config.json. ValueError if GPT2 cannot be that model."""
     raw = json.loads(path.read_text(encoding="utf-8-sig"))
+    if raw.get("model_type") != "gpt2":
+        raise ValueError(f"model_type is {raw.get('model_type')!r}; supported: 'gpt2'")
     for key, values in SUPPORTED.items():
-        value = raw.get(key, values[0])
-        if value not in values or (key == "model_type" and key not in raw):
-            raise ValueError(f"{key} is {raw.get(key)!r}; supported: {values}")
+        if raw.get(key, values[0]) not in values:
+            raise ValueError(f"{key} is {raw[key]!r}; supported: {values}")
     # What config.json leaves out is as in the 124M GPT-2.
     config = Config(
         vocab_size=50257,
@@ -1080,15 +1084,17 @@ def read_weights(path):
 
 def transpose_linear(weights):
     """Hugging Face stores the weights of linear layers as (in, out), nn.Linear as (out, in)."""
-    linear = re.compile(r"\.c_\w+\.weight$")
-    return {name: (x.t() if linear.search(name) else x) for name, x in weights.items()}
+    is_linear = re.compile(r"\.c_\w+\.weight$")
+    return {name: (x.t() if is_linear.search(name) else x) for name, x in weights.items()}
 
 
 def rename_weights(weights):
     """Hugging Face's tensors in this file's names and shapes, float32, without what is not used."""
     weights = {name.removeprefix("transformer."): x.float() for name, x in weights.items()}
     head = weights.pop("lm_head.weight", None)  # tied to wte: the same numbers
-    if head is not None and not torch.equal(weights.setdefault("wte.weight", head), head):
+    if head is not None and "wte.weight" not in weights:
+        weights["wte.weight"] = head
+    if head is not None and not torch.equal(weights["wte.weight"], head):
         raise ValueError("lm_head.weight differs from wte.weight (untied heads)")
     unused = (".attn.bias", ".attn.masked_bias")  # causal masks in old files
     weights = {name: x for name, x in weights.items() if not name.endswith(unused)}
@@ -1120,7 +1126,7 @@ def first_file(folder, names):
 
 def load_gpt2(folder, flag="--model"):
     """GPT-2, tokenizer, and the weights of a score head or None, from a Hugging Face directory."""
-    path = Path("config.json")
+    path = Path("config.json")  # the file being read, for the error message
     try:
         path = first_file(folder, ["config.json"])
         config = read_config(path)
@@ -1129,7 +1135,7 @@ def load_gpt2(folder, flag="--model"):
         )
         weights = rename_weights(read_weights(path))
         score = weights.pop("score.weight", None)
-        with torch.device("meta"):
+        with torch.device("meta"):  # without memory for weights that the file's replace
             gpt = GPT2(config)
         gpt.load_state_dict(weights, assign=True)
         path = first_file(folder, ["tokenizer.json", "vocab.json"])
@@ -1163,6 +1169,7 @@ def save_gpt2(policy, tokenizer, folder):
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     config = policy.config
     settings = {
+        "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
         **{key: values[0] for key, values in SUPPORTED.items()},
         **asdict(config),

@@ -207,6 +207,7 @@ class GPT(nn.Module):
         return self.norm(x)
 
 
+# ---------------------------------------------------------------------------- Reward model
 class RewardModel(nn.Module):
     """Prompts (B, P) and responses (B, R) to scores (B,), learned by reward_model.py.
 
@@ -229,9 +230,9 @@ class RewardModel(nn.Module):
         scores = self.member_scores(prompts, responses)  # (K, B)
         if self.uncertainty_coef == 0:
             return scores.mean(0)
-        # The loss sees only differences between responses to one prompt, so each member may add any
-        # constant per prompt. To keep it out of the deviation, subtract each member's mean score of
-        # four responses of the reference to the same prompt.
+        # A loss on preferences or demonstrations sees only differences between responses to one
+        # prompt, so each member may add any constant per prompt. To keep it out of the deviation,
+        # subtract each member's mean score of four responses of the reference to the same prompt.
         mean_scores = torch.zeros_like(scores)
         for _ in range(4):
             samples = generate(self.reference, prompts, 1.0)

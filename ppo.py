@@ -216,6 +216,7 @@ class GPT(nn.Module):
         return self.norm(x)
 
 
+# ---------------------------------------------------------------------------- Reward model
 class RewardModel(nn.Module):
     """Prompts (B, P) and responses (B, R) to scores (B,), learned by reward_model.py.
 
@@ -238,9 +239,9 @@ class RewardModel(nn.Module):
         scores = self.member_scores(prompts, responses)  # (K, B)
         if self.uncertainty_coef == 0:
             return scores.mean(0)
-        # The loss sees only differences between responses to one prompt, so each member may add any
-        # constant per prompt. To keep it out of the deviation, subtract each member's mean score of
-        # four responses of the reference to the same prompt.
+        # A loss on preferences or demonstrations sees only differences between responses to one
+        # prompt, so each member may add any constant per prompt. To keep it out of the deviation,
+        # subtract each member's mean score of four responses of the reference to the same prompt.
         mean_scores = torch.zeros_like(scores)
         for _ in range(4):
             samples = generate(self.reference, prompts, 1.0)
@@ -414,8 +415,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip_coef):
     """Clipped surrogate objective (Schulman et al. 2017, eq. 7), negated. All inputs (B, R).
 
     Summed over tokens, averaged over responses: at π = π_old, and with unbiased advantages (γ = 1,
-    and λ = 1 or an exact critic), its expected gradient is that of -J. A mean over the tokens of
-    each response would give the tokens of short responses more weight.
+    λ = 1 or an exact critic, neither whitened nor clipped), its expected gradient is that of -J. A
+    mean over the tokens of each response would give the tokens of short responses more weight.
     """
     logratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     ratio = logratio.exp()

@@ -1,20 +1,22 @@
 """Reward models for language models: learn from human feedback what makes a response good.
 
-    minimise over r:  L(r) = -E[log σ(h)],   h = r(x, y_chosen) - r(x, y_rejected)
+    minimise over r:  L(r) = -E[log σ(r(x, y_chosen) - r(x, y_rejected))]
 
 A GPT reads prompt and response; its one output at the last token is the score r(x, y). Collect
 feedback, then take gradient steps on the loss for that kind of feedback. R is the true reward and
 τ how noisy the annotator is:
 
-  preferences     A is preferred to B with odds exp((R(A) - R(B)) / τ) (Bradley & Terry 1952;
-                  Christiano et al. 2017, arXiv:1706.03741). The loss above. r tends to R/τ, plus
-                  any constant per prompt, since the loss sees differences only.
-  labels          y is called good with odds exp((R(y) - ½) / τ). The loss of a classifier. r tends
-                  to (R - ½)/τ, with no constant left free.
+  preferences     A is preferred to B with probability σ((R(A) - R(B)) / τ) (Bradley & Terry 1952;
+                  Christiano et al. 2017, arXiv:1706.03741). Loss: the one above. r tends to R/τ,
+                  plus any constant per prompt, since the loss sees differences only.
+  labels          y is called good with probability σ((R(y) - ½) / τ). Loss: binary cross-entropy.
+                  r tends to (R - ½)/τ, with no constant left free.
   demonstrations  y is written with probability ∝ π_ref(y|x) · exp(R(y) / τ): maximum-entropy
-                  inverse RL (Ziebart et al. 2008) with π_ref as prior. Tell the demonstration from
-                  samples (ranking NCE: Ma & Collins 2018, arXiv:1809.01812). r tends to R/τ, plus
-                  any constant per prompt.
+                  inverse RL (Ziebart et al. 2008) with π_ref as prior. Loss: cross-entropy of
+                  picking the demonstration among it and M samples (ranking NCE: Ma & Collins 2018,
+                  arXiv:1809.01812). r tends to R/τ, plus any constant per prompt.
+
+At the end the scores are shifted and scaled to mean 0 and standard deviation 1.
 
 The task: given three digits, write two more and EOS so that all five sum to 20. A small GPT is
 first trained on correct answers (SFT). It is the reference; its responses are judged by a simulated
@@ -62,7 +64,7 @@ class Args:
     learn_from: Literal["preferences", "labels", "demonstrations"] = "preferences"  # see above
     num_examples: int = 32_768  # preference pairs, labelled responses or demonstrations
     num_samples: int = 3  # policy samples that each demonstration is compared with
-    annotator_temperature: float = 0.5  # τ: prefers A to B with odds exp((R(A) - R(B)) / τ)
+    annotator_temperature: float = 0.5  # τ: prefers A to B with probability σ((R(A) - R(B))/τ)
     preferences: Path | None = None  # JSON lines of pairs; default: a simulated annotator's
     annotate: int | None = None  # judge pairs yourself until --preferences has this many, then stop
 
@@ -153,6 +155,7 @@ EOS = 10
 VOCAB = 11
 TARGET = 20
 RESPONSE_LENGTH = 3  # two digits and EOS
+INSTRUCTIONS = f"All five digits should sum to {TARGET}."  # for a person as annotator
 
 
 def make_prompts(device):
@@ -185,6 +188,40 @@ def reward(targets, responses):
     """1 if the response is two digits with the target as their sum, and then EOS; else 0. (B,)"""
     well_formed = (responses[:, :2] != EOS).all(1) & (responses[:, 2] == EOS)
     return (well_formed & (responses[:, :2].sum(1) == targets)).float()
+
+
+def parse_preference(line):
+    """Read {"prompt": "433", "chosen": "73", "rejected": "11"}, with "tie": true if it is one.
+
+    Returns the tokens of prompt, chosen and rejected as lists, and tie as a bool. Raises
+    ValueError with what is wrong with the line.
+    """
+    try:
+        preference = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError("is not JSON") from None
+    if not isinstance(preference, dict):
+        raise ValueError("is not a JSON object")
+    for name in ("prompt", "chosen", "rejected"):
+        text = preference.get(name)
+        if not isinstance(text, str) or not re.fullmatch("[0-9]{0,3}", text):
+            raise ValueError(f'"{name}" must be a string of at most 3 digits')
+    if len(preference["prompt"]) != 3:
+        raise ValueError('"prompt" must have 3 digits')
+    tie = preference.get("tie", False)
+    if not isinstance(tie, bool):
+        raise ValueError('"tie" must be true or false')
+    prompt = [int(digit) for digit in preference["prompt"]]
+    chosen = [int(digit) for digit in preference["chosen"]]
+    rejected = [int(digit) for digit in preference["rejected"]]
+    chosen += [EOS] * (RESPONSE_LENGTH - len(chosen))  # three digits were truncated: no EOS
+    rejected += [EOS] * (RESPONSE_LENGTH - len(rejected))
+    return prompt, chosen, rejected, tie
+
+
+def to_text(tokens):
+    """The digits of a prompt or a response as a string, without EOS and padding."""
+    return "".join(str(token) for token in tokens if token != EOS)
 
 
 # ---------------------------------------------------------------------------- Model
@@ -232,6 +269,7 @@ class GPT(nn.Module):
         return self.norm(x)
 
 
+# ---------------------------------------------------------------------------- Reward model
 class RewardModel(nn.Module):
     """Prompts (B, P) and responses (B, R) to scores (B,), learned by reward_model.py.
 
@@ -254,9 +292,9 @@ class RewardModel(nn.Module):
         scores = self.member_scores(prompts, responses)  # (K, B)
         if self.uncertainty_coef == 0:
             return scores.mean(0)
-        # The loss sees only differences between responses to one prompt, so each member may add any
-        # constant per prompt. To keep it out of the deviation, subtract each member's mean score of
-        # four responses of the reference to the same prompt.
+        # A loss on preferences or demonstrations sees only differences between responses to one
+        # prompt, so each member may add any constant per prompt. To keep it out of the deviation,
+        # subtract each member's mean score of four responses of the reference to the same prompt.
         mean_scores = torch.zeros_like(scores)
         for _ in range(4):
             samples = generate(self.reference, prompts, 1.0)
@@ -381,35 +419,6 @@ def sample_preferences(policy, prompts, targets, annotator_temperature):
     return prompts, chosen, rejected, torch.zeros_like(first_wins)
 
 
-def parse_preference(line):
-    """Read {"prompt": "433", "chosen": "73", "rejected": "11"}, with "tie": true if it is one.
-
-    Returns the tokens of prompt, chosen and rejected as lists, and tie as a bool. Raises
-    ValueError with what is wrong with the line.
-    """
-    try:
-        preference = json.loads(line)
-    except (ValueError, RecursionError):
-        raise ValueError("is not JSON") from None
-    if not isinstance(preference, dict):
-        raise ValueError("is not a JSON object")
-    for name in ("prompt", "chosen", "rejected"):
-        text = preference.get(name)
-        if not isinstance(text, str) or not re.fullmatch("[0-9]{0,3}", text):
-            raise ValueError(f'"{name}" must be a string of at most 3 digits')
-    if len(preference["prompt"]) != 3:
-        raise ValueError('"prompt" must have 3 digits')
-    tie = preference.get("tie", False)
-    if not isinstance(tie, bool):
-        raise ValueError('"tie" must be true or false')
-    prompt = [int(digit) for digit in preference["prompt"]]
-    chosen = [int(digit) for digit in preference["chosen"]]
-    rejected = [int(digit) for digit in preference["rejected"]]
-    chosen += [EOS] * (RESPONSE_LENGTH - len(chosen))  # three digits were truncated: no EOS
-    rejected += [EOS] * (RESPONSE_LENGTH - len(rejected))
-    return prompt, chosen, rejected, tie
-
-
 def read_preferences(path, test_prompts):
     """Read preference pairs from a file of JSON lines, in the layout of sample_preferences.
 
@@ -459,9 +468,9 @@ def preference_loss(chosen_scores, rejected_scores, ties):
     """
     margins = chosen_scores - rejected_scores
     losses = -F.logsigmoid(margins)
-    tie_losses = 0.5 * losses - 0.5 * F.logsigmoid(-margins)
+    reversed_losses = -F.logsigmoid(-margins)  # as if the other response were the chosen one
     accuracy = torch.where(ties, 0.5, is_higher(chosen_scores, rejected_scores)).mean()
-    return torch.where(ties, tie_losses, losses).mean(), accuracy
+    return torch.where(ties, (losses + reversed_losses) / 2, losses).mean(), accuracy
 
 
 # ---------------------------------------------------------------------------- Pointwise labels
@@ -513,8 +522,10 @@ def sample_demonstrations(policy, reference, prompts, targets, annotator_tempera
         chunks = prompts[missing].split(256)
         responses = torch.cat([generate(reference, chunk, 1.0) for chunk in chunks])
         scores = get_scores(targets[missing], responses)
+        if scores.max() > 1:
+            fail("--learn-from demonstrations: no reward may exceed 1")
         accepted = torch.rand_like(scores) < ((scores - 1) / annotator_temperature).exp()
-        demonstrations[missing] = responses
+        demonstrations[missing[accepted]] = responses[accepted]
         missing = missing[~accepted]
 
     repeated = prompts.repeat_interleave(num_samples, 0)  # (N · M, P)
@@ -541,14 +552,14 @@ def demonstration_loss(scores, log_weights):
     return losses.mean(), is_higher(scores[:, :1], scores[:, 1:]).mean()
 
 
-# ---------------------------------------------------------------------------- Reward model
+# ---------------------------------------------------------------------------- Evaluation
 @torch.no_grad()
 def normalise(members, prompts, responses):
     """Shift and scale the scores to mean 0 and standard deviation 1 on these responses.
 
-    Only differences between scores matter. In this unit a --kl-coef means roughly the same
-    with every reward model; the constants per prompt count in the deviation, too. The members
-    share one scale, since the scores of each tend to R/τ.
+    The shift changes no policy. In this unit a --kl-coef means roughly the same with every reward
+    model; the constants per prompt count in the deviation, too. The members share one scale, since
+    the scores of each tend to R/τ.
     """
     scores = torch.stack([response_scores(gpt, prompts, responses) for gpt in members])  # (K, B)
     std = scores.mean(0).std(correction=0)
@@ -574,7 +585,7 @@ def evaluate_scores(reward_model, policy, prompts, targets, annotator_temperatur
     deviation = []
     scores = []
     rewards = []
-    for rows in torch.arange(len(prompts), device=prompts.device).repeat(16).split(256):
+    for rows in torch.arange(len(prompts)).repeat(16).split(256):
         first = generate(policy, prompts[rows], 1.0)
         second = generate(policy, prompts[rows], 1.0)
         first_scores = reward_model(prompts[rows], first)
@@ -611,16 +622,11 @@ def evaluate_scores(reward_model, policy, prompts, targets, annotator_temperatur
 
 
 # ---------------------------------------------------------------------------- A person as annotator
-def digits(tokens):
-    """The digits of a prompt or a response as a string, without EOS and padding."""
-    return "".join(str(token) for token in tokens if token != EOS)
-
-
 def shown(response):
     """A response as the person sees it. One that was truncated ends in dots."""
     if EOS not in response:
-        return digits(response) + "..."
-    return digits(response) or "(nothing)"
+        return to_text(response) + "..."
+    return to_text(response) or "(nothing)"
 
 
 def annotate(policy, prompts, path, number):
@@ -644,23 +650,23 @@ def annotate(policy, prompts, path, number):
 
     count = len(lines)
     torch.manual_seed(torch.initial_seed() + count)  # do not repeat the pairs already judged
-    print(f"{path} has {count} of {number} pairs. All five digits should sum to {TARGET}.")
+    print(f"{path} has {count} of {number} pairs. {INSTRUCTIONS}")
     try:
         while count < number:
             row = torch.randint(len(prompts), (1,))
             first, second = generate(policy, prompts[row].repeat(2, 1), 1.0).tolist()
             if first == second:
                 continue
-            prompt = digits(prompts[row][0].tolist())
+            prompt = to_text(prompts[row][0].tolist())
             print(f"\n[{count + 1}] {prompt}    A: {shown(first)}    B: {shown(second)}")
             answer = ""
             while answer not in ("a", "b", "t", "q"):
                 answer = input("Which is better? a, b, t for a tie, q to quit: ").strip().lower()
             if answer == "q":
                 break
-            pair = {"prompt": prompt, "chosen": digits(first), "rejected": digits(second)}
+            pair = {"prompt": prompt, "chosen": to_text(first), "rejected": to_text(second)}
             if answer == "b":
-                pair = {"prompt": prompt, "chosen": digits(second), "rejected": digits(first)}
+                pair = {"prompt": prompt, "chosen": to_text(second), "rejected": to_text(first)}
             if answer == "t":
                 pair["tie"] = True
             file.write(json.dumps(pair) + "\n")
@@ -696,6 +702,7 @@ def main(args):
 
     # Reference, and the policy whose responses are judged.
     train_prompts, train_targets, test_prompts, test_targets = make_prompts(device)
+    # The file first: if a line is wrong, that should be said before the work begins.
     if args.preferences is not None and args.annotate is None:
         preferences = read_preferences(args.preferences, test_prompts)
     if args.policy is not None:
@@ -712,15 +719,19 @@ def main(args):
 
     # 1. Feedback: prompts, responses and what the annotator said, one row per example.
     rows = torch.randint(len(train_prompts), (args.num_examples,), device=device)
-    asked = (train_prompts[rows], train_targets[rows], args.annotator_temperature)
+    prompts = train_prompts[rows]
+    targets = train_targets[rows]
+    temperature = args.annotator_temperature
     if args.preferences is not None:
         examples = preferences
     elif args.learn_from == "preferences":
-        examples = sample_preferences(policy, *asked)
+        examples = sample_preferences(policy, prompts, targets, temperature)
     elif args.learn_from == "labels":
-        examples = sample_labels(policy, *asked)
+        examples = sample_labels(policy, prompts, targets, temperature)
     else:
-        examples = sample_demonstrations(policy, reference, *asked, args.num_samples)
+        examples = sample_demonstrations(
+            policy, reference, prompts, targets, temperature, args.num_samples
+        )
     num_examples = len(examples[0])
     if num_examples == 0:
         fail("all sampled pairs were of identical responses")

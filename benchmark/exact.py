@@ -57,7 +57,10 @@ def prefix_logits(policy, prompts):
 
 @torch.no_grad()
 def next_token_logprobs(policy, prompts, temperature):
-    """Log-probabilities of all tokens at each place of each response: (N, Y, R, V), float64."""
+    """Log-probabilities of all tokens at each place of each response: (N, Y, R, V), float64.
+
+    For gradient_variance.py and kl_estimators.py.
+    """
     logprobs = (prefix_logits(policy, prompts).double() / temperature).log_softmax(3)
     # The row of a pair that begins with the same tokens. Where a response has EOS, any digit will
     # do: nothing after EOS counts.
@@ -78,14 +81,14 @@ def response_logprobs(policy, prompts, temperature, dtype=torch.float64):
     return torch.cat([longer.flatten(1), first[:, EOS:]], 1)
 
 
-def response_table(function, first, responses):
-    """function(first, responses), (B,), for each row of first with each response: (N, Y)."""
-    rows = first.repeat_interleave(len(responses), 0)
-    columns = responses.repeat(len(first), *[1] * (responses.dim() - 1))
+def response_table(function, inputs, responses):
+    """function(inputs, responses), (B,), for each row of inputs with each response: (N, Y)."""
+    rows = inputs.repeat_interleave(len(responses), 0)
+    columns = responses.repeat(len(inputs), 1)
     values = []
     for chunk in torch.arange(len(rows), device=rows.device).split(1024):
         values.append(function(rows[chunk], columns[chunk]))
-    return torch.cat(values).double().view(len(first), len(responses))
+    return torch.cat(values).double().view(len(inputs), len(responses))
 
 
 # ---------------------------------------------------------------------------- Policies
@@ -135,8 +138,8 @@ def load_policy(saved, name):
 def saved_kl_coef(args):
     """β of the objective. args: the saved flags, as text.
 
-    With DPO the scores that explain the annotator's choices are R/τ, so β of dpo.py is one of
-    R/τ: for R itself it is τ · β.
+    DPO maximises E[R/τ] - β · KL, where R/τ are the scores that explain the annotator's choices.
+    Multiplied by τ, this is E[R] - τβ · KL: in units of R, the coefficient is τ · β.
     """
     if "kl_coef" in args:
         return float(args["kl_coef"])
@@ -198,7 +201,7 @@ def draw_policy(saved, path):
 
 # ---------------------------------------------------------------------------- Reward models
 def fit_scale(margins, truth, weights):
-    """The factor s that makes σ(s · margins) the best predictor of truth (minimal log loss).
+    """The factor s, up to 100, that makes σ(s · margins) predict truth best (minimal log loss).
 
     The loss is convex in s; bisection finds where its derivative is 0. All inputs (N, Y, Y).
     """
@@ -218,10 +221,10 @@ def pair_metrics(scores, rewards, probs, annotator_temperature):
     """How well scores predict which of two sampled responses the annotator prefers.
 
     scores, rewards, probs: (N, Y). Sums over all pairs of different responses, weighted by their
-    probability. accuracy: of the response with the higher score. bayes_accuracy: of the one with
-    the higher reward, the best that is possible, since the annotator errs at random.
-    calibration_error: the scores times one fitted factor as logits; in each tenth of the predicted
-    probabilities the mean prediction is compared with the true mean.
+    probability. accuracy: how often the annotator prefers the response with the higher score.
+    bayes_accuracy: the same for the higher reward; no scores can do better, since the annotator
+    errs at random. calibration_error: the expected calibration error with ten bins of width 0.1,
+    after the scores are multiplied by one fitted factor.
     """
     weights = probs[:, :, None] * probs[:, None]  # (N, Y, Y)
     weights.diagonal(dim1=1, dim2=2).zero_()  # two identical responses are not compared
@@ -256,9 +259,9 @@ def correlation(x, y, probs):
 def best_of_n(scores, rewards, probs, n):
     """Mean reward of the response with the highest score among n samples. All inputs (N, Y)."""
     order = scores.argsort(1)
-    # The best of n is among the k lowest with probability F_k^n, where F is cumulative.
-    cumulative = probs.gather(1, order).cumsum(1) ** n
-    best_probs = cumulative.diff(dim=1, prepend=torch.zeros(len(probs), 1))
+    cumulative = probs.gather(1, order).cumsum(1)
+    # A response is the best of n if all n are among it and those below, but not all below it.
+    best_probs = (cumulative**n).diff(dim=1, prepend=torch.zeros(len(probs), 1))
     return (best_probs * rewards.gather(1, order)).sum(1).mean().item()
 
 
@@ -274,13 +277,19 @@ def evaluate_reward_model(reward_model, reference, prompts, targets, annotator_t
     """Exact metrics of a reward model on the reference's responses.
 
     The 1000 truncated responses, which the reference writes about once in 200 times, are left out:
-    they would take ten times as long. With an uncertainty_coef above 0 the scores themselves are
-    random: they depend on responses that the reward model samples.
+    the tables of all pairs would be a hundred times as large. With an uncertainty_coef above 0 the
+    scores themselves are random: they depend on responses that the reward model samples.
+
+    Beside pair_metrics and correlation: best_of_16 and best_of_16_by_reward, the mean reward of the
+    best of 16 samples by score and by reward. gap: root mean square distance of the scores, times
+    the fitted factor, from R/τ, apart from a constant per prompt. gap_of_zero: the same for scores
+    of 0, the size of R/τ.
     """
     responses = all_responses()
     ended = (responses == EOS).any(1)
     responses = responses[ended]  # (111, R)
-    probs = response_logprobs(reference, prompts, 1.0)[:, ended].softmax(1)
+    logprobs = response_logprobs(reference, prompts, 1.0)[:, ended]
+    probs = logprobs.softmax(1)  # of those that end; sums to 1
     rewards = response_table(reward, targets, responses)
     scores = response_table(reward_model, prompts, responses)
     metrics = pair_metrics(scores, rewards, probs, annotator_temperature)
@@ -314,10 +323,13 @@ def main():
     parser.add_argument("path", type=Path, help="file saved by a script's --save-path")
     parser.add_argument("--map", type=Path, help="draw the policy before and after to this file")
     args = parser.parse_args()
+    saved = torch.load(args.path, map_location="cpu", weights_only=True)
+    if args.map is not None and "policy" not in saved:
+        parser.error("--map draws policies, and this file holds a reward model")
     for name, value in evaluate_file(args.path).items():
         print(f"{name.replace('_', ' '):20s} {value:8.4f}")
     if args.map is not None:
-        draw_policy(torch.load(args.path, map_location="cpu", weights_only=True), args.map)
+        draw_policy(saved, args.map)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import gpt2_oracle as oracle
@@ -359,6 +360,9 @@ def test_sentences_of_the_grammar():
     assert sentences == gpt2.write_sentences(3000, 1) != gpt2.write_sentences(3000, 2)
     assert all(text.endswith(".") and "{" not in text and "  " not in text for text in sentences)
     assert not any(f" a {vowel}" in text for text in sentences for vowel in "aeiou")
+    clauses = [len(re.findall(" and |, but | while ", text)) + 1 for text in sentences]
+    for number, share in [(1, 0.25), (2, 0.5), (3, 0.25)]:
+        assert clauses.count(number) / len(clauses) == pytest.approx(share, abs=0.04)
     train, held_out = gpt2.read_prompts(None)
     assert set(gpt2.TUTORIAL_PROMPTS) <= set(train) and not set(train) & set(held_out)
     assert len(held_out) >= 5

@@ -318,6 +318,19 @@ def test_demonstrator_is_the_tilted_reference_and_samples_are_the_policys(world,
     torch.testing.assert_close(log_weights, expected)
 
 
+def test_demonstrations_need_rewards_of_at_most_1(monkeypatch, capsys):
+    """Rejection sampling would accept too much, and give other demonstrations without a word."""
+    gpt = make_gpt(1)
+    asked, targets = prompts_and_targets(4)
+    monkeypatch.setattr(reward_model, "reward", lambda targets, _: [1.0] * len(targets))
+    reward_model.sample_demonstrations(gpt, gpt, asked, targets, 0.5, 2)
+    monkeypatch.setattr(reward_model, "reward", lambda *_: [0.5, 0.9, 1.1, 0.9])
+    with pytest.raises(SystemExit) as stop:
+        reward_model.sample_demonstrations(gpt, gpt, asked, targets, 0.5, 2)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "exceed 1" in error
+
+
 def test_log_weights_of_real_models_and_their_order():
     policy = make_gpt(1)
     reference = make_gpt(2)
