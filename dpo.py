@@ -100,10 +100,10 @@ def check_args(args):
         (args.num_pairs >= 1, f"--num-pairs {args.num_pairs} must be at least 1"),
         (args.num_pairs % max(1, args.rounds) == 0, "--rounds must divide --num-pairs"),
         (
-            0 < args.annotator_temperature < 1e6,
-            f"--annotator-temperature {args.annotator_temperature} must be in (0, 1e6)",
+            1e-6 < args.annotator_temperature < 1e6,
+            f"--annotator-temperature {args.annotator_temperature} must be in (1e-6, 1e6)",
         ),
-        (0 < args.beta < 1e6, f"--beta {args.beta} must be in (0, 1e6)"),
+        (1e-6 < args.beta < 1e6, f"--beta {args.beta} must be in (1e-6, 1e6)"),
         (0 <= smoothing < 0.5, f"--label-smoothing {smoothing} must be in [0, 0.5)"),
     ]
     if args.save_path is not None:
@@ -121,7 +121,7 @@ def check_args(args):
         for flag in ("num_pairs", "annotator_temperature"):
             unused = getattr(args, flag) == getattr(Args, flag)
             rules.append((unused, f"--{flag.replace('_', '-')} has no effect with --preferences"))
-    elif args.loss_type == "robust" and 0 < args.annotator_temperature < 1e6:
+    elif args.loss_type == "robust" and 1e-6 < args.annotator_temperature < 1e6:
         # Beyond the annotator's own error rate, σ(-1/τ), the expected loss has no minimum.
         # (The sigmoid, written so that it cannot overflow.)
         error_rate = 0.5 - 0.5 * math.tanh(0.5 / args.annotator_temperature)
@@ -155,9 +155,10 @@ def make_prompts(device):
     solvable = (targets >= 0) & (targets <= 18)
     prompts = prompts[solvable].to(device)
     targets = targets[solvable].to(device)
-    order = random.Random(20).sample(range(912), 912)
-    train = order[:729]
-    test = order[729:]
+    count = len(prompts)
+    order = random.Random(20).sample(range(count), count)
+    train = order[: 4 * count // 5]
+    test = order[4 * count // 5 :]
     return prompts[train], targets[train], prompts[test], targets[test]
 
 
@@ -232,7 +233,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Tokens (B, T) to hidden states (B, T, D); head maps these to logits (or to a score)."""
 
-    def __init__(self, outputs=VOCAB, width=64, layers=2, heads=4, context=6):
+    def __init__(self, outputs=VOCAB, width=64, layers=2, heads=4, context=3 + RESPONSE_LENGTH):
         super().__init__()
         self.embed = nn.Embedding(VOCAB, width)
         self.position = nn.Embedding(context, width)
@@ -269,8 +270,8 @@ def get_scores(targets, responses):
     """What reward returns, as float32 scores (B,). They must be one finite number per response."""
     rewards = reward(targets, responses)
     try:
-        scores = torch.as_tensor(rewards, dtype=torch.float32, device=responses.device)
-    except (TypeError, ValueError, RuntimeError) as error:
+        scores = torch.as_tensor(rewards, dtype=torch.float32, device=responses.device).detach()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         fail(f"reward returned a {type(rewards).__name__}, not a number per response ({error})")
     if scores.shape != (len(responses),):
         fail(f"reward returned shape {tuple(scores.shape)} for {len(responses)} responses")

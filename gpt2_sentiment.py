@@ -162,7 +162,7 @@ def check_args(args):
         ),
         (0 < args.max_grad_norm < 1e6, f"--max-grad-norm {args.max_grad_norm} must be in (0, 1e6)"),
         (args.response_length >= 1, f"--response-length {args.response_length} must be at least 1"),
-        (0 < args.temperature < 1e6, f"--temperature {args.temperature} must be in (0, 1e6)"),
+        (1e-6 < args.temperature < 1e6, f"--temperature {args.temperature} must be in (1e-6, 1e6)"),
         (args.top_k >= 0, f"--top-k {args.top_k} must be 0 or more"),
         (0 < args.top_p <= 1, f"--top-p {args.top_p} must be above 0 and at most 1"),
         (0 <= args.kl_coef < 1e6, f"--kl-coef {args.kl_coef} must be in [0, 1e6)"),
@@ -327,7 +327,7 @@ def read_prompts(path):
     random.Random(20).shuffle(others)
     if path is None:
         return TUTORIAL_PROMPTS + others[10:], others[:10]
-    lines = read_lines(path, "--prompts")
+    lines = list(dict.fromkeys(read_lines(path, "--prompts")))  # each once
     test = lines[4::5] or others[:10]
     train = [line for i, line in enumerate(lines) if i % 5 != 4]
     return train, test
@@ -340,10 +340,13 @@ def read_lexicon(path):
     lexicon = {}
     for line in read_lines(path, "--lexicon"):
         try:
-            word, weight = line.split()
-            lexicon[word.lower()] = float(weight)
+            text, weight = line.split()
+            (word,) = split_words(text)
+            lexicon[word] = float(weight)
         except ValueError:
             fail(f"--lexicon {path}: {line[:60]!r} is not a word and a number")
+        if not math.isfinite(lexicon[word]):
+            fail(f"--lexicon {path}: the weight of {word} is not finite")
     return lexicon
 
 
@@ -411,7 +414,7 @@ def to_scores(rewards, count, device):
     """Rewards as float32 scores (B,). They must be one finite number per response."""
     try:
         scores = torch.as_tensor(rewards, dtype=torch.float32, device=device).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         fail(f"the reward is a {type(rewards).__name__}, not {count} numbers ({one_line(error)})")
     if scores.shape != (count,):
         fail(f"the reward has shape {tuple(scores.shape)} for {count} responses")

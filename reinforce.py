@@ -94,12 +94,12 @@ def check_args(args):
         (args.batch_size % max(1, args.group_size) == 0, "--group-size must divide --batch-size"),
         (0 < args.learning_rate < 1, f"--learning-rate {args.learning_rate} must be in (0, 1)"),
         (0 < args.max_grad_norm < 1e6, f"--max-grad-norm {args.max_grad_norm} must be in (0, 1e6)"),
-        (0 < args.temperature < 1e6, f"--temperature {args.temperature} must be in (0, 1e6)"),
+        (1e-6 < args.temperature < 1e6, f"--temperature {args.temperature} must be in (1e-6, 1e6)"),
         (0 <= args.kl_coef < 1e6, f"--kl-coef {args.kl_coef} must be in [0, 1e6)"),
         (0 <= args.gamma <= 1, f"--gamma {args.gamma} must be between 0 and 1"),
         (0 <= args.vf_coef < 1e6, f"--vf-coef {args.vf_coef} must be in [0, 1e6)"),
         (0 <= args.ent_coef < 1e6, f"--ent-coef {args.ent_coef} must be in [0, 1e6)"),
-        (0 < args.rwr_temperature < 1e6, "--rwr-temperature must be in (0, 1e6)"),
+        (1e-6 < args.rwr_temperature < 1e6, "--rwr-temperature must be in (1e-6, 1e6)"),
         (0 < args.rwr_top_fraction <= 1, "--rwr-top-fraction must be in (0, 1]"),
     ]
     if args.save_path is not None:
@@ -148,9 +148,10 @@ def make_prompts(device):
     solvable = (targets >= 0) & (targets <= 18)
     prompts = prompts[solvable].to(device)
     targets = targets[solvable].to(device)
-    order = random.Random(20).sample(range(912), 912)
-    train = order[:729]
-    test = order[729:]
+    count = len(prompts)
+    order = random.Random(20).sample(range(count), count)
+    train = order[: 4 * count // 5]
+    test = order[4 * count // 5 :]
     return prompts[train], targets[train], prompts[test], targets[test]
 
 
@@ -210,7 +211,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Tokens (B, T) to hidden states (B, T, D); head maps these to logits (or to a score)."""
 
-    def __init__(self, outputs=VOCAB, width=64, layers=2, heads=4, context=6):
+    def __init__(self, outputs=VOCAB, width=64, layers=2, heads=4, context=3 + RESPONSE_LENGTH):
         super().__init__()
         self.embed = nn.Embedding(VOCAB, width)
         self.position = nn.Embedding(context, width)
@@ -247,8 +248,8 @@ def get_scores(targets, responses):
     """What reward returns, as float32 scores (B,). They must be one finite number per response."""
     rewards = reward(targets, responses)
     try:
-        scores = torch.as_tensor(rewards, dtype=torch.float32, device=responses.device)
-    except (TypeError, ValueError, RuntimeError) as error:
+        scores = torch.as_tensor(rewards, dtype=torch.float32, device=responses.device).detach()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         fail(f"reward returned a {type(rewards).__name__}, not a number per response ({error})")
     if scores.shape != (len(responses),):
         fail(f"reward returned shape {tuple(scores.shape)} for {len(responses)} responses")

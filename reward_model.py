@@ -100,7 +100,7 @@ def check_args(args):
         (args.sft_steps >= 0, f"--sft-steps {args.sft_steps} must be 0 or more"),
         (args.num_examples >= 1, f"--num-examples {args.num_examples} must be at least 1"),
         (args.num_samples >= 1, f"--num-samples {args.num_samples} must be at least 1"),
-        (0 < args.annotator_temperature < 1e6, "--annotator-temperature must be in (0, 1e6)"),
+        (1e-6 < args.annotator_temperature < 1e6, "--annotator-temperature must be in (1e-6, 1e6)"),
         (args.epochs >= 1, f"--epochs {args.epochs} must be at least 1"),
         (args.minibatch_size >= 1, f"--minibatch-size {args.minibatch_size} must be at least 1"),
         (0 < args.learning_rate < 1, f"--learning-rate {args.learning_rate} must be in (0, 1)"),
@@ -170,9 +170,10 @@ def make_prompts(device):
     solvable = (targets >= 0) & (targets <= 18)
     prompts = prompts[solvable].to(device)
     targets = targets[solvable].to(device)
-    order = random.Random(20).sample(range(912), 912)
-    train = order[:729]
-    test = order[729:]
+    count = len(prompts)
+    order = random.Random(20).sample(range(count), count)
+    train = order[: 4 * count // 5]
+    test = order[4 * count // 5 :]
     return prompts[train], targets[train], prompts[test], targets[test]
 
 
@@ -252,7 +253,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Tokens (B, T) to hidden states (B, T, D); head maps these to logits (or to a score)."""
 
-    def __init__(self, outputs=VOCAB, width=64, layers=2, heads=4, context=6):
+    def __init__(self, outputs=VOCAB, width=64, layers=2, heads=4, context=3 + RESPONSE_LENGTH):
         super().__init__()
         self.embed = nn.Embedding(VOCAB, width)
         self.position = nn.Embedding(context, width)
@@ -323,8 +324,8 @@ def get_scores(targets, responses):
     """What reward returns, as float32 scores (B,). They must be one finite number per response."""
     rewards = reward(targets, responses)
     try:
-        scores = torch.as_tensor(rewards, dtype=torch.float32, device=responses.device)
-    except (TypeError, ValueError, RuntimeError) as error:
+        scores = torch.as_tensor(rewards, dtype=torch.float32, device=responses.device).detach()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         fail(f"reward returned a {type(rewards).__name__}, not a number per response ({error})")
     if scores.shape != (len(responses),):
         fail(f"reward returned shape {tuple(scores.shape)} for {len(responses)} responses")
@@ -614,7 +615,7 @@ def evaluate_scores(reward_model, policy, prompts, targets, annotator_temperatur
     correlation = (scores * rewards).sum() / (scores.norm() * rewards.norm()).clamp(min=1e-8)
     return {
         "accuracy": correct.mean().item(),
-        "accuracy_error": correct.std().item() / len(correct) ** 0.5,
+        "accuracy_error": correct.std().item() / max(1, len(correct)) ** 0.5,
         "bayes_accuracy": torch.cat(bayes_correct).mean().item(),
         "correlation": correlation.item(),
         "deviation": torch.cat(deviation).mean().item(),

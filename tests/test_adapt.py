@@ -1,4 +1,4 @@
-"""The edits of "Use your own model", made to grpo.py and dpo.py, give programs that learn."""
+"""The edits of "Use your own model" and docs/own_model.md give programs that learn."""
 
 import importlib.util
 import json
@@ -15,9 +15,9 @@ ROOT = Path(__file__).parent.parent
 RULE = "# " + "-" * 76 + " "  # begins the heading of a section
 
 
-def chapter(title):
-    """The part of the README under a heading."""
-    return (ROOT / "README.md").read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+def chapter(path, title):
+    """The part of a page under a heading."""
+    return (ROOT / path).read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
 def replace_section(source, section):
@@ -60,7 +60,7 @@ def load(name, source):
     return module
 
 
-README = chapter("Use your own model")
+README = chapter("README.md", "Use your own model")
 DIFFS = re.findall(r"```diff\n.*?```\n", README, re.DOTALL)
 ACCUMULATION = "".join(diff for diff in DIFFS if "gradient accumulation" in diff)
 
@@ -129,21 +129,37 @@ def folder(request, tmp_path, monkeypatch):
     return tmp_path
 
 
-def make_grpo(without=""):
-    source = adapt((ROOT / "grpo.py").read_text(), README.replace(without, ""))
+def load_tiny(name, source):
+    """load() with the tiny model and short responses."""
     source = re.sub(r'MODEL = ".*?"', 'MODEL = "tiny"', source)
-    return load("my_grpo", source.replace("RESPONSE_LENGTH = 24", "RESPONSE_LENGTH = 6"))
+    return load(name, source.replace("RESPONSE_LENGTH = 24", "RESPONSE_LENGTH = 6"))
+
+
+def make_grpo(without=""):
+    return load_tiny("my_grpo", adapt((ROOT / "grpo.py").read_text(), README.replace(without, "")))
+
+
+def make_other(script, chapter_title, wanted):
+    """A script with the README's wanted edits and those of its chapter in docs/own_model.md."""
+    source = (ROOT / script).read_text()
+    for block in re.findall(r"```(?:python|diff)\n.*?```", README, re.DOTALL):
+        if any(heading in block for heading in wanted):
+            source = adapt(source, block)
+    source = adapt(source, chapter("docs/own_model.md", chapter_title))
+    return load_tiny(f"my_{script.removesuffix('.py')}", source)
+
+
+def make_ppo():
+    return make_other("ppo.py", "ppo.py", ["- Task\n", "- Model\n", "@@ generate", "@@ gradient"])
+
+
+def make_reward_model():
+    wanted = ["- Task\n", "- Model\n"]
+    return make_other("reward_model.py", "reward_model.py", wanted)
 
 
 def make_dpo():
-    source = (ROOT / "dpo.py").read_text()
-    for block in re.findall(r"```(?:python|diff)\n.*?```", README, re.DOTALL):
-        heading = block.splitlines()[1]
-        if heading.endswith(" Model") or heading == "@@ generate":
-            source = adapt(source, block)
-    source = adapt(source, (ROOT / "docs" / "own_model.md").read_text())
-    source = re.sub(r'MODEL = ".*?"', 'MODEL = "tiny"', source)
-    return load("my_dpo", source.replace("RESPONSE_LENGTH = 24", "RESPONSE_LENGTH = 6"))
+    return make_other("dpo.py", "dpo.py, on pairs of texts", ["- Model\n", "@@ generate"])
 
 
 GRPO_FLAGS = {
@@ -263,6 +279,63 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(folder):
         torch.testing.assert_close(weight, saved[1]["policy"][name], atol=2e-4, rtol=0)
         moved = (weight - saved[0]["reference"][name]).abs().max()
         assert moved > 1e-3 or "bias" in name
+
+
+def test_the_check_of_the_logits_sees_a_wrong_model(folder, monkeypatch):
+    script = make_grpo()
+    (check,) = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
+    exec(check, vars(script))
+    forward = script.GPT.forward
+    for wrong in (
+        lambda self, x: forward(self, x.clamp(min=0)),
+        lambda self, x: 2 * forward(self, x),
+    ):
+        monkeypatch.setattr(script.GPT, "forward", wrong)
+        with pytest.raises(AssertionError):
+            exec(check, vars(script))
+
+
+def test_ppo_learns_on_a_hugging_face_model(folder, monkeypatch):
+    script = make_ppo()
+    rates = []
+    step = torch.optim.AdamW.step
+
+    def spy(optimizer):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        return step(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    flags = GRPO_FLAGS | {"gae_lambda": 1.0}
+    del flags["group_size"]
+    result = script.main(script.Args(**flags))
+    assert len(rates) == 30 and all(critic == 10 * policy for policy, critic in rates)
+    assert max(policy for policy, _ in rates) == 3e-3
+    assert result["success"] > result["success_before"] + 0.2
+
+
+def test_a_reward_model_is_learned_and_maximised_on_hugging_face_models(folder, monkeypatch):
+    learner = make_reward_model()
+    path = Path("rm.pt")
+    learner.main(
+        learner.Args(
+            tensorboard=False,
+            sft_steps=0,
+            num_examples=3072,
+            annotator_temperature=0.1,
+            learning_rate=1e-2,
+            weight_decay=0.1,
+            ensemble_size=2,
+            uncertainty_coef=0.5,
+            save_path=path,
+        )
+    )
+    script = make_ppo()
+    curves = programs.record_curves(monkeypatch, script)
+    flags = GRPO_FLAGS | {"tensorboard": True, "reward_model": path, "total_episodes": 32 * 40}
+    del flags["group_size"]
+    script.main(script.Args(**flags))
+    scores = programs.values(curves["charts/true_score"])
+    assert sum(scores[-5:]) / 5 > sum(scores[:5]) / 5 + 0.2
 
 
 def test_dpo_learns_from_pairs_of_texts(folder):

@@ -560,15 +560,17 @@ def test_plain_reward_counts_good_and_bad_words():
 
 def test_a_lexicon_from_a_file(tmp_path):
     file = tmp_path / "words.txt"
-    file.write_text("\ufeffMoon 2.5\n\nsun\t-1\n", encoding="utf-8")
+    file.write_text("\ufeffMoon 2.5\n\nsun\t-1\ndon’t 3\n", encoding="utf-8")
     lexicon = gpt2.read_lexicon(file)
-    assert lexicon == {"moon": 2.5, "sun": -1.0}
+    assert lexicon == {"moon": 2.5, "sun": -1.0, "don't": 3.0}  # words as in split_words
     texts = ["The moon, the MOON and the sun", "sun sun", "good"]
     assert score("sentiment", [""] * 3, texts, lexicon) == [4.0, 0.1, 0.1]
     assert score("plain", [""] * 3, texts, lexicon) == [1.0, -2.0, 0.0]
 
 
-@pytest.mark.parametrize("content", ["good", "good 1 2", "good x", ""])
+@pytest.mark.parametrize(
+    "content", ["good", "good 1 2", "good x", "", "good nan", "bad -inf", "ice-cream 1", "! 1"]
+)
 def test_a_lexicon_that_is_of_no_use(tmp_path, capsys, content):
     file = tmp_path / "words.txt"
     file.write_text(content)

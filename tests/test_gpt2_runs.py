@@ -614,7 +614,7 @@ BAD = {
     "kl_horizon": [0],
     "learning_rate": [0.0, -1.0, INF, NAN],
     "max_grad_norm": [0.0, NAN],
-    "temperature": [0.0, -1.0, INF, NAN],
+    "temperature": [0.0, 1e-7, -1.0, INF, NAN],
     "clip_coef": [0.0, NAN],
     "value_clip": [0.0, NAN],
     "target_kl": [0.0, NAN],
@@ -666,6 +666,14 @@ def test_prompts_of_the_grammar():
     assert set(train) | set(held_out) == set(gpt2.OPENINGS) | set(gpt2.TUTORIAL_PROMPTS)
     assert not set(train) & set(held_out) and len(set(train)) == len(train)
     assert sorted(held_out) != sorted(set(gpt2.OPENINGS) - set(gpt2.TUTORIAL_PROMPTS))[:10]
+
+
+def test_prompts_of_a_file_count_once_and_every_fifth_is_held_out(tmp_path):
+    file = tmp_path / "prompts"
+    file.write_text("a\nb\na\nc\nd\nb\ne\na\nf\n")
+    assert gpt2.read_prompts(file) == (["a", "b", "c", "d", "f"], ["e"])
+    file.write_text("a\nb\na\n")  # too few to hold one out
+    assert gpt2.read_prompts(file) == (["a", "b"], gpt2.read_prompts(None)[1])
 
 
 def test_prompts_that_are_of_no_use(tmp_path, capsys):

@@ -616,7 +616,7 @@ BAD = {
     "update_epochs": [0, -1],
     "learning_rate": [0.0, -1.0, 1.0, NAN, math.inf],
     "max_grad_norm": [0.0, -1.0, NAN, math.inf],
-    "temperature": [0.0, -1.0, NAN, math.inf],
+    "temperature": [0.0, 1e-7, -1.0, NAN, math.inf],
     "kl_coef": [-1.0, -1e-9, NAN, math.inf],
     "seed": [-1, 2**63],
     "sft_steps": [-1],

@@ -929,6 +929,17 @@ def test_evaluation_is_on_held_out_prompts_with_the_penalised_score(monkeypatch)
     }
 
 
+def test_a_policy_that_always_says_the_same_is_judged_by_labels():
+    """No two of its responses differ, so no pair can be counted; the reward model is saved."""
+    policy = make_gpt(4)
+    policy.head.bias.data[3] = 1e4
+    weights = {"policy": policy.state_dict(), "reference": make_gpt(5).state_dict()}
+    torch.save(weights, "policy.pt")
+    flags = FROM_POLICY | {"policy": Path("policy.pt"), "save_path": Path("rm.pt")}
+    result = run(learn_from="labels", **flags)
+    assert math.isnan(result["accuracy"]) and Path("rm.pt").exists()
+
+
 def test_without_a_saved_policy_the_reference_is_judged(monkeypatch):
     calls = programs.record(monkeypatch, reward_model, "sample_demonstrations", "evaluate_scores")
     run(learn_from="demonstrations", num_samples=5)

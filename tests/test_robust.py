@@ -1,5 +1,6 @@
 """What real use does to the scripts of the toy task: consoles, disks, sweeps, users' rewards."""
 
+import inspect
 import os
 import runpy
 import shutil
@@ -75,6 +76,7 @@ FORMS = {
     "numpy": lambda values: numpy.array(values, dtype=numpy.float64),
     "bfloat16": lambda values: torch.tensor(values, dtype=torch.bfloat16),
     "tensors": lambda values: [torch.tensor(value) for value in values],
+    "with a gradient": lambda values: torch.tensor(values).float().requires_grad_() * 1.0,
 }
 
 
@@ -84,6 +86,7 @@ def test_rewards_of_any_numeric_form_become_float32(script, form, monkeypatch):
     monkeypatch.setattr(script, "reward", constant_reward(1, FORMS[form]))
     scores = script.get_scores(torch.zeros(3), torch.zeros(3, 3))
     assert scores.dtype == torch.float32 and scores.tolist() == [1.0, 1.0, 1.0]
+    assert not scores.requires_grad  # a reward model's: nothing is learned through the reward
 
 
 @each_script
@@ -101,6 +104,7 @@ UNFIT = {
     "one short": (lambda values: torch.ones(len(values) - 1), "shape"),
     "one for all": (lambda values: 1.0, "shape"),
     "words": (lambda values: ["good"] * len(values), "list"),
+    "huge": (lambda values: [10**400] * len(values), "list"),
     "nothing": (lambda values: None, "NoneType"),
     "infinite": (lambda values: [1.0] * (len(values) - 1) + [float("inf")], "inf"),
     "not a number": (lambda values: torch.full((len(values),), torch.nan), "nan"),
@@ -114,6 +118,21 @@ def test_rewards_that_do_not_fit_are_named(script, kind, monkeypatch, capsys):
     monkeypatch.setattr(script, "reward", constant_reward(1, form))
     error = refused(script, capsys)
     assert "reward returned" in error and said in error
+
+
+# ---------------------------------------------------------------------------- Another task
+@each_script
+def test_a_task_with_other_sums_is_split_in_the_same_way(script, monkeypatch):
+    """In a copy the constants of the task may change."""
+    for target, count in {14: 575, 20: 912, 22: 945}.items():
+        monkeypatch.setattr(script, "TARGET", target)
+        make_prompts = inspect.unwrap(script.make_prompts)  # all held-out prompts
+        train, train_targets, test, test_targets = make_prompts("cpu")
+        prompts = torch.cat([train, test])
+        assert (len(train), len(prompts)) == (count * 4 // 5, count)
+        assert len(prompts.unique(dim=0)) == count
+        sums = prompts.sum(1) + torch.cat([train_targets, test_targets])
+        assert (sums == target).all()
 
 
 # ---------------------------------------------------------------------------- SFT
