@@ -385,18 +385,19 @@ def rwr_weights(returns, temperature, top_fraction):
 
 # ---------------------------------------------------------------------------- Training
 def save(path, contents):
-    """Write a file whole or not at all. If that fails, end the program with one line."""
+    """Write a file whole or not at all. Returns None, or an error message."""
     path = Path(path).resolve()  # if path is a link, its target
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         torch.save(contents, part)
     except (OSError, RuntimeError) as error:  # a full disk, a folder that is gone
         part.unlink(missing_ok=True)
-        fail(f"--save-path {path} cannot be written ({error})")
+        return f"--save-path {path} cannot be written ({error})"
     try:
         os.replace(part, path)
     except OSError as error:
-        fail(f"--save-path {path} cannot be written ({error}); the weights are in {part}")
+        return f"--save-path {path} cannot be written ({error}); the weights are in {part}"
+    return None
 
 
 def main(args):
@@ -534,8 +535,13 @@ def main(args):
             if writer:
                 writer.flush()  # so that a run that is killed keeps its curves
 
-    # Evaluate on the held-out prompts, save and report.
+    # Evaluate on the held-out prompts and save; only then print, which a closed pipe makes fail.
     after = evaluate(policy, reference, test_prompts, test_targets, args.temperature)
+    save_error = None
+    if args.save_path is not None:
+        flags = {flag: str(value) for flag, value in asdict(args).items()}
+        weights = {"policy": policy.state_dict(), "reference": reference.state_dict()}
+        save_error = save(args.save_path, {"args": flags, **weights})
     if writer:
         for name in after:
             writer.add_scalar(f"eval/{name}", before[name], 0)
@@ -546,10 +552,8 @@ def main(args):
         f"± {after['success_error']:.3f}  KL {after['kl']:.3f} ± {after['kl_error']:.3f}  "
         f"{time.time() - start_time:.1f} s"
     )
-    if args.save_path is not None:
-        flags = {flag: str(value) for flag, value in asdict(args).items()}
-        weights = {"policy": policy.state_dict(), "reference": reference.state_dict()}
-        save(args.save_path, {"args": flags, **weights})
+    if save_error is not None:
+        fail(save_error)
     return {"success_before": before["success"], **after}
 
 

@@ -681,18 +681,19 @@ def annotate(policy, prompts, path, number):
 
 # ---------------------------------------------------------------------------- Training
 def save(path, contents):
-    """Write a file whole or not at all. If that fails, end the program with one line."""
+    """Write a file whole or not at all. Returns None, or an error message."""
     path = Path(path).resolve()  # if path is a link, its target
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         torch.save(contents, part)
     except (OSError, RuntimeError) as error:  # a full disk, a folder that is gone
         part.unlink(missing_ok=True)
-        fail(f"--save-path {path} cannot be written ({error})")
+        return f"--save-path {path} cannot be written ({error})"
     try:
         os.replace(part, path)
     except OSError as error:
-        fail(f"--save-path {path} cannot be written ({error}); the weights are in {part}")
+        return f"--save-path {path} cannot be written ({error}); the weights are in {part}"
+    return None
 
 
 def main(args):
@@ -836,7 +837,8 @@ def main(args):
                     f"{speed:,.1f} examples/s  {seconds_left:.0f} s left"
                 )
 
-    # Normalise on the reference's samples, evaluate on the held-out prompts, save and report.
+    # Normalise on the reference's samples, evaluate on the held-out prompts and save; only then
+    # print, which a closed pipe makes fail.
     reward_model.requires_grad_(False)
     rows = torch.randint(len(train_prompts), (1024,), device=device)
     responses = generate(reference, train_prompts[rows], 1.0)
@@ -844,6 +846,15 @@ def main(args):
     after = evaluate_scores(
         reward_model, policy, test_prompts, test_targets, args.annotator_temperature
     )
+    save_error = None
+    if args.save_path is not None:
+        flags = {flag: str(value) for flag, value in asdict(args).items()}
+        weights = {
+            "members": [gpt.state_dict() for gpt in reward_model.members],
+            "uncertainty_coef": args.uncertainty_coef,
+            "reference": reference.state_dict(),
+        }
+        save_error = save(args.save_path, {"args": flags, **weights})
     if writer:
         for name in after:
             writer.add_scalar(f"eval/{name}", after[name], examples_seen)
@@ -853,14 +864,8 @@ def main(args):
         f"Bayes accuracy {after['bayes_accuracy']:.3f}  correlation {after['correlation']:.3f}  "
         f"deviation {after['deviation']:.3f}  {time.time() - start_time:.1f} s"
     )
-    if args.save_path is not None:
-        flags = {flag: str(value) for flag, value in asdict(args).items()}
-        weights = {
-            "members": [gpt.state_dict() for gpt in reward_model.members],
-            "uncertainty_coef": args.uncertainty_coef,
-            "reference": reference.state_dict(),
-        }
-        save(args.save_path, {"args": flags, **weights})
+    if save_error is not None:
+        fail(save_error)
     return after
 
 

@@ -242,14 +242,29 @@ def test_if_the_file_cannot_get_its_name_the_weights_stay(script, monkeypatch, t
 
 
 @each_script
+def test_what_cannot_be_printed_is_saved(script, monkeypatch):
+    def closed_at_the_end(line):
+        if "held-out" in line:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(script, "print", closed_at_the_end, raising=False)
+    with pytest.raises(BrokenPipeError):
+        script.main(few(script, save_path=Path("saved.pt")))
+    torch.load("saved.pt", weights_only=True)
+
+
+@each_script
 def test_a_full_disk_leaves_no_part(script, monkeypatch, tmp_path, capsys):
     def broken(contents, path):
         Path(path).write_text("half")
         raise RuntimeError("no space left")
 
     monkeypatch.setattr(torch, "save", broken)
-    assert "no space left" in refused(script, capsys, save_path=Path("saved.pt"))
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(SystemExit) as stop:
+        script.main(few(script, save_path=Path("saved.pt")))
+    printed, error = capsys.readouterr()
+    assert stop.value.code == 2 and error.count("\n") == 1 and "no space left" in error
+    assert "held-out" in printed and list(tmp_path.iterdir()) == []
 
 
 def test_a_copy_under_another_name_makes_files_that_the_others_read(tmp_path):
