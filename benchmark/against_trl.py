@@ -641,7 +641,8 @@ def main():
         if "race" in args.parts and method != "reward":
             found["race"][method] = measure_race(method, args.seeds, args.goal, args.threads)
         for part in args.parts:
-            found["measured"][f"{method}, {part}"] = how
+            if method in found[part]:  # there is no race of reward models
+                found["measured"][f"{method}, {part}"] = how
         if not args.quick:  # after each method, since it takes long
             path.write_text(json.dumps(found, indent=1) + "\n")
             path.with_suffix(".md").write_text(make_tables(found) + "\n")
