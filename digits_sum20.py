@@ -7,17 +7,17 @@ Reinforcement learning (RL): y is sampled from π, A = reward - baseline, and c 
 bonus. Every epoch is one gradient step on all training prompts.
 
 The task: given three digits, answer with two more so that all five sum to 20. We measure how often
-the most probable answer is correct, for prompts that are held out. The rows below differ in their
-loss; the first seven are those of the post "Reinforcement Learning" of Tommy's Blog. Beside each:
-its held-out accuracy after 10,000 epochs, a mean over ten seeds.
+the most probable answer to a held-out prompt is correct. The rows below differ in how they train;
+the first seven are those of the post "Reinforcement Learning" of Tommy's Blog. Beside each: its
+held-out accuracy after 10,000 epochs, a mean over ten seeds.
 
     sl                 62%  learns the answers to the training prompts by heart
-    sl-weight-decay    88%  weight decay makes it generalise
-    rl                 16%  reward for correct answers only: collapses onto a few answers
-    rl-entropy         82%  the entropy bonus keeps the policy exploring
+    sl-weight-decay    87%  weight decay makes it generalise
+    rl                 17%  reward for correct answers only: collapses onto a few answers
+    rl-entropy         83%  the entropy bonus keeps the policy exploring
     rl-distance        74%  reward for near misses too: learns early, but settles for near misses
     rl-sharp           95%  a reward that falls steeply with the distance does not settle
-    sl-then-rl         95%  10% of the epochs SL, then rl-sharp: starts where rewards are common
+    sl-then-rl         94%  10% of the epochs SL, then rl-sharp: starts where rewards are common
     rl-improved       100%  quadratic reward, leave-one-out baseline, decay to 0: no labels needed
     sl-then-improved   99%  10% of the epochs SL, then rl-improved
     joint              99%  rl-improved plus an SL loss whose weight decays to 0

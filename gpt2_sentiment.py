@@ -1,11 +1,11 @@
-"""PPO on GPT-2: write happier texts while staying close to the model that training began with.
+"""PPO on GPT-2: write happier texts while staying close to the initial model.
 
     maximise over π:  J(π) = E[R(x, y)] - β · KL(π ‖ π_ref)
 
 ppo.py on text: GPT-2 with a tokenizer, prompts of different lengths, a reward that reads the
 response, and a β that adapts to a target KL. By default a small GPT-2 is first pretrained on
 sentences of a grammar in this file; --model takes any GPT-2 from the Hugging Face hub or from a
-directory. For your own task, give --prompts and edit score_texts.
+directory. For your own task, pass --prompts and edit score_texts.
 
 PPO: Schulman et al. 2017 (arXiv:1707.06347). On language models, with an adaptive KL penalty:
 Ziegler et al. 2019 (arXiv:1909.08593).

@@ -4,7 +4,7 @@
 
 Repeat: sample a group of responses to each prompt; the advantage of every token of a response is
 its score minus the group's mean; take a few gradient steps on the clipped probability ratio
-π/π_old, with the KL to the reference as a second loss.
+π/π_old, with the KL to the reference as a loss term.
 
 GRPO: Shao et al. 2024 (arXiv:2402.03300). As published: `--scale-rewards group --kl-estimator k3`.
 Left out: process supervision, and iterative GRPO (new references and reward models).

@@ -2,8 +2,8 @@
 
     maximise over π:  J(π) = E[R(x, y)] - β · KL(π ‖ π_ref)
 
-Repeat: sample responses; raise the log-probability of each token in proportion to the reward
-from there on, minus a baseline; take one gradient step.
+Repeat: sample responses; raise the log-probability of each token in proportion to its
+reward-to-go minus a baseline; take one gradient step.
 
 REINFORCE: Williams 1992. Leave-one-out baseline (RLOO): Kool et al. 2019; for language
 models Ahmadian et al. 2024 (arXiv:2402.14740). Reward-weighted regression: Peters & Schaal 2007.

@@ -16,7 +16,7 @@ feedback, then take gradient steps on the loss for that kind of feedback. R is t
                   picking the demonstration among it and M samples (ranking NCE: Ma & Collins 2018,
                   arXiv:1809.01812). r tends to R/τ, plus any constant per prompt.
 
-At the end the scores are shifted and scaled to mean 0 and standard deviation 1.
+Finally the scores are normalised to mean 0 and standard deviation 1 on the reference's responses.
 
 The task: given three digits, write two more and EOS so that all five sum to 20. A small GPT is
 first trained on correct answers (SFT). It is the reference; its responses are judged by a simulated
