@@ -80,8 +80,8 @@ class Args:
     learning_rate_final: float | None = None  # the learning rate decays linearly to this
     weight_decay: float | None = None  # L2 penalty (SL before RL has that of sl-weight-decay)
     reward: Literal["exact", "distance", "sharp", "square"] | None = None  # reward of an answer
-    ent_coef: float | None = None  # entropy bonus
-    ent_coef_final: float | None = None  # the entropy bonus decays linearly to this
+    ent_coef: float | None = None  # weight of the entropy bonus
+    ent_coef_final: float | None = None  # ent_coef decays linearly to this
     baseline: Literal["none", "rloo"] | None = None  # rloo: mean reward of a prompt's other samples
     samples_per_prompt: int | None = None  # per epoch; 0: as many as the prompt has correct answers
     sft_fraction: float | None = None  # share of the epochs spent on SL before RL
@@ -196,17 +196,17 @@ def row_args(args, method, seed):
 
 
 def fail(message):
-    """End the program with one line and status 2."""
+    """Print an error and exit with status 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def check_args(args):
-    """Exit with status 2 and one line if a flag's value makes no sense."""
+    """Exit with an error if a flag's value makes no sense."""
     runs = "runs" if os.path.lexists("runs") else "."
     writable = os.path.isdir(runs) and os.access(runs, os.W_OK)
     rules = [
-        (not args.tensorboard or writable, "cannot write runs/; --no-tensorboard"),
+        (not args.tensorboard or writable, "runs/ is not writable; use --no-tensorboard"),
         (0 <= args.seed < 2**63, f"--seed {args.seed} must be 0 or more"),
         (args.num_seeds >= 1, f"--num-seeds {args.num_seeds} must be at least 1"),
         (args.epochs >= 1, f"--epochs {args.epochs} must be at least 1"),
@@ -470,7 +470,7 @@ def train(args, folder, verbose):
         if args.reward is None:
             loss = sl_loss(logprobs, correct)
         else:
-            # 1. Sample answers from the policy. Of the rewards, it sees those of its samples only.
+            # 1. Sample answers from the policy. It sees only the rewards of its samples.
             probs = logprobs.detach().exp()
             answers = torch.multinomial(probs, weights.shape[1], replacement=True)  # (N, M)
             rewards = reward_table.gather(1, answers)  # (N, M)
@@ -560,15 +560,15 @@ def main(args):
     folders = [None] * len(jobs)
     if args.tensorboard:
         run_folder = f"runs/{run_name}"
-        os.makedirs(run_folder)  # new: no two runs share a folder
+        os.makedirs(run_folder)  # fails if the folder exists: no two runs share one
         folders = [f"{run_folder}/{job.method}-{job.seed}" for job in jobs]
         writer = SummaryWriter(run_folder)
         lines = [f"|{flag}|{value}|" for flag, value in asdict(args).items()]
         writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *lines]))
         writer.close()
 
-    # Several runs share the cores. But a worker process begins by importing the main program. If
-    # that is not this file but one that has imported it, train here, one run after another.
+    # Runs share the cores if this file is the main program. A spawned worker imports the main
+    # program first, so if that is another file, train here, one run after another.
     if len(jobs) > 1 and __name__ == "__main__":
         outcomes = train_in_parallel(jobs, folders)
     else:
@@ -588,7 +588,7 @@ def main(args):
     print_results(results)
     shown = [args.method]
     if args.method == "ladder":
-        shown = ["rl", "rl-improved"]  # few different answers, and right ones
+        shown = ["rl", "rl-improved"]  # one that collapsed, one that did not
     _, test_prompts = split_prompts()
     for method in shown:
         print(f"\nMost probable answers of {method} to held-out prompts, seed {job.seed}:")
@@ -601,7 +601,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    # Print each line at once; where the output cannot show a character, print a question mark.
+    # Flush every line; print ? for characters that the output's encoding lacks.
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main(tyro.cli(Args, description=__doc__))

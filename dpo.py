@@ -17,7 +17,7 @@ first trained on correct answers (SFT). A frozen copy of it is the reference; DP
 original. To use your own task or model, replace the sections "Task" and "Model".
 
     python dpo.py                             # held-out success 0.59 -> 0.99 in under a minute
-    python dpo.py --rounds 3                  # as many pairs in three rounds, twice the steps
+    python dpo.py --rounds 3                  # the same number of pairs, twice the steps
     python dpo.py --preferences pairs.jsonl   # learn from a file; --help lists every flag
 """
 
@@ -54,14 +54,14 @@ class Args:
     save_path: Path | None = None  # file for the final weights and the flags
 
     # Training
-    sft_steps: int = 100  # supervised steps that make the reference; 0: random weights
+    sft_steps: int = 100  # SFT steps that train the reference; 0: random weights
     epochs: int = 4  # passes over the examples
     minibatch_size: int = 512  # examples per gradient step
     learning_rate: float = 2e-3  # peak learning rate; linear warmup over 10%, then linear decay
     max_grad_norm: float = 1.0  # maximum norm for gradient clipping
 
     # Preference pairs
-    preferences: Path | None = None  # JSON lines of pairs; default: a simulated annotator's
+    preferences: Path | None = None  # JSON Lines of pairs; default: simulate an annotator
     num_pairs: int = 73_728  # number of sampled preference pairs, over all rounds
     rounds: int = 1  # rounds of sampling; later ones add pairs from the current policy
     annotator_temperature: float = 0.5  # τ: prefers A to B with probability σ((R(A) - R(B))/τ)
@@ -69,8 +69,8 @@ class Args:
     # DPO
     beta: float = 0.25  # β: a larger value stays closer to the reference
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"  # loss of a pair
-    label_smoothing: float = 0.0  # ε: share of pairs taken to be judged wrongly (sigmoid, robust)
-    length_normalize: bool = False  # mean log-probability per token; another objective
+    label_smoothing: float = 0.0  # ε: assumed share of flipped labels (sigmoid, robust)
+    length_normalize: bool = False  # mean log-probability per token; changes the objective
 
 
 def is_writable(folder):
@@ -78,13 +78,13 @@ def is_writable(folder):
 
 
 def fail(message):
-    """End the program with one line and status 2."""
+    """Print an error and exit with status 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def check_args(args):
-    """Exit with status 2 and one line if a flag's value makes no sense."""
+    """Exit with an error if a flag's value makes no sense."""
     runs = Path("runs") if os.path.lexists("runs") else Path(".")
     smoothing = args.label_smoothing
     rules = [
@@ -110,14 +110,14 @@ def check_args(args):
         save_path = Path(args.save_path)
         writable = is_writable(save_path.parent)
         free = save_path.is_file() or not os.path.lexists(save_path)
-        rules.append((writable, f"--save-path {save_path}: no folder there that can be written to"))
-        rules.append((free, f"--save-path {save_path} exists and is not a file; name another"))
+        rules.append((writable, f"--save-path {save_path}: its folder is missing or not writable"))
+        rules.append((free, f"--save-path {save_path} exists and is not a file; choose another"))
     if args.loss_type in ("ipo", "hinge"):
         rules.append((smoothing == 0, f"--loss-type {args.loss_type} has no --label-smoothing"))
     if args.loss_type == "robust":
         rules.append((smoothing > 0, "--loss-type robust needs --label-smoothing above 0"))
     if args.preferences is not None:
-        rules.append((args.rounds == 1, "--rounds samples new pairs; --preferences has none"))
+        rules.append((args.rounds == 1, "--rounds cannot be combined with --preferences"))
         for flag in ("num_pairs", "annotator_temperature"):
             unused = getattr(args, flag) == getattr(Args, flag)
             rules.append((unused, f"--{flag.replace('_', '-')} has no effect with --preferences"))
@@ -129,7 +129,7 @@ def check_args(args):
         rules.append((valid, f"--loss-type robust: --label-smoothing must be < {error_rate:.3f}"))
     if args.preferences is not None and args.save_path is not None:
         same = save_path.resolve() == Path(args.preferences).resolve()
-        rules.append((not same, "--save-path would overwrite --preferences; name another file"))
+        rules.append((not same, "--save-path would overwrite --preferences; choose another file"))
     for valid, error in rules:
         if not valid:
             fail(error)
@@ -171,13 +171,13 @@ def make_demonstrations(prompts, targets):
 
 
 def reward(targets, responses):
-    """1 if the response is two digits with the target as their sum, and then EOS; else 0. (B,)"""
+    """1 if the response is two digits that sum to the target, then EOS; else 0. (B,)"""
     well_formed = (responses[:, :2] != EOS).all(1) & (responses[:, 2] == EOS)
     return (well_formed & (responses[:, :2].sum(1) == targets)).float()
 
 
 def parse_preference(line):
-    """Read {"prompt": "433", "chosen": "73", "rejected": "11"}, with "tie": true if it is one.
+    """Read {"prompt": "433", "chosen": "73", "rejected": "11"}; a tie also has "tie": true.
 
     Returns the tokens of prompt, chosen and rejected as lists, and tie as a bool. Raises
     ValueError with what is wrong with the line.
@@ -200,7 +200,7 @@ def parse_preference(line):
     prompt = [int(digit) for digit in preference["prompt"]]
     chosen = [int(digit) for digit in preference["chosen"]]
     rejected = [int(digit) for digit in preference["rejected"]]
-    chosen += [EOS] * (RESPONSE_LENGTH - len(chosen))  # three digits were truncated: no EOS
+    chosen += [EOS] * (RESPONSE_LENGTH - len(chosen))  # three digits: truncated, no EOS
     rejected += [EOS] * (RESPONSE_LENGTH - len(rejected))
     return prompt, chosen, rejected, tie
 
@@ -218,7 +218,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
-        nn.init.zeros_(self.proj.weight)  # so that at first a block adds a constant only
+        nn.init.zeros_(self.proj.weight)  # at first, a block adds only its biases
         nn.init.zeros_(self.down.weight)
 
     def forward(self, x):
@@ -267,7 +267,7 @@ def generate(policy, prompts, temperature):
 
 
 def get_scores(targets, responses):
-    """What reward returns, as float32 scores (B,). They must be one finite number per response."""
+    """Rewards as float32 scores (B,). Exits unless there is one finite number per response."""
     rewards = reward(targets, responses)
     try:
         scores = torch.as_tensor(rewards, dtype=torch.float32, device=responses.device).detach()
@@ -326,8 +326,8 @@ def sft(policy, prompts, responses, steps):
 def evaluate(policy, reference, prompts, targets, temperature):
     """Success rate and KL(policy ‖ reference), in nats per response, of sampled responses.
 
-    Samples 16 responses per prompt. Returns both means, and their standard errors: how much they
-    vary from sample to sample, for these same prompts.
+    Samples 16 responses per prompt. Returns both means and their standard errors, which cover the
+    sampling of responses but not the choice of prompts.
     """
     success = []
     kl = []
@@ -375,8 +375,8 @@ def read_preferences(path, test_prompts):
     """Read preference pairs from a file of JSON lines, in the layout of sample_preferences.
 
     Leaves out pairs of held-out prompts (so that the evaluation stays clean) and pairs of
-    identical responses that are not marked as ties, and prints their number. A bad line ends the
-    program.
+    identical responses that are not marked as ties, and prints their number. Exits on a
+    bad line.
     """
     held_out = {tuple(prompt) for prompt in test_prompts.tolist()}
     preferences = []
@@ -443,7 +443,7 @@ def reference_logprobs(reference, prompts, chosen, rejected, length_normalize):
 
 
 def pair_loss(h, beta, loss_type):
-    """Loss (B,) of pairs from h (B,): how much more the policy prefers w to l than the reference.
+    """Pair losses (B,). h (B,): how much more than the reference the policy prefers w to l.
 
     sigmoid: arXiv:2305.18290, eq. 7. ipo: arXiv:2310.12036, eq. 17; h tends to 1/(2β) and not to
     infinity if a pair is always judged alike. hinge: SLiC (arXiv:2305.10425) on log-ratios, as in
@@ -459,15 +459,15 @@ def pair_loss(h, beta, loss_type):
 def dpo_loss(chosen_logratios, rejected_logratios, ties, beta, loss_type, label_smoothing):
     """Mean loss over preference pairs, and metrics. Log-ratios log π/π_ref and ties are (B,).
 
-    Label smoothing ε takes a share ε of the pairs to be judged wrongly. sigmoid: the cross-entropy
-    to 1 - ε (conservative DPO, Mitchell 2023). robust: arXiv:2403.00409; its mean over judgements
-    that are flipped with probability ε is the sigmoid loss of the true ones. A tie counts half
+    Label smoothing assumes that a share ε of the labels is flipped. sigmoid: cross-entropy with
+    target 1 - ε (conservative DPO, Mitchell 2023). robust: arXiv:2403.00409; its expectation over
+    labels flipped with probability ε is the sigmoid loss on the true labels. A tie counts half
     each way.
 
-    robust is sound for ε below the smallest probability with which the annotator prefers the worse
-    response, σ(-1/τ) for rewards of 0 and 1. From there on, the expected loss has no minimum: the
-    weight of one of the two orders of a pair is not positive, and h runs to infinity. Of pairs that
-    were judged only once, the loss has no minimum for any ε: train for few epochs.
+    robust needs ε below the smallest probability with which the annotator prefers the worse
+    response, σ(-1/τ) for rewards of 0 and 1. From there on, one order of a pair has no positive
+    expected weight, so the expected loss has no minimum and h diverges. For pairs judged only once
+    that is so for any ε: train for few epochs.
     """
     h = chosen_logratios - rejected_logratios
     chosen_weight = torch.full_like(h, 1 - label_smoothing)
@@ -478,7 +478,7 @@ def dpo_loss(chosen_logratios, rejected_logratios, ties, beta, loss_type, label_
     losses = losses + (1 - chosen_weight) * pair_loss(-h, beta, loss_type)
     loss = losses.mean()
     with torch.no_grad():
-        # A tie, or a policy with no preference, counts as half right.
+        # A tie, or h = 0 (the reference's preference), is half right.
         correct = torch.where(ties, 0.5, (h.sign() + 1) / 2)
         metrics = {
             "losses/loss": loss.detach(),
@@ -492,8 +492,8 @@ def dpo_loss(chosen_logratios, rejected_logratios, ties, beta, loss_type, label_
 
 # ---------------------------------------------------------------------------- Training
 def save(path, contents):
-    """Write a file whole or not at all. Returns None, or an error message."""
-    path = Path(path).resolve()  # if path is a link, its target
+    """Write a file atomically. Returns None, or an error message."""
+    path = Path(path).resolve()  # write through a link, do not replace it
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         torch.save(contents, part)
@@ -529,7 +529,7 @@ def main(args):
     print(f"{run_name}: {sum(p.numel() for p in parameters):,} parameters on {device}")
     writer = None
     if args.tensorboard:
-        os.makedirs(f"runs/{run_name}")  # new: no two runs share a folder
+        os.makedirs(f"runs/{run_name}")  # fails if the folder exists: no two runs share one
         writer = SummaryWriter(f"runs/{run_name}")
         lines = [f"|{flag}|{value}|" for flag, value in asdict(args).items()]
         writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *lines]))
@@ -551,7 +551,7 @@ def main(args):
                 preferences = [torch.cat(column) for column in columns]
         prompts, chosen, rejected, ties = preferences  # (N, P), (N, R), (N, R), (N,)
         if len(prompts) == 0:
-            fail(f"round {round_number}: all sampled pairs were of identical responses")
+            fail(f"round {round_number}: every sampled pair was two identical responses")
         ref_chosen_logprobs, ref_rejected_logprobs = reference_logprobs(
             reference, prompts, chosen, rejected, args.length_normalize
         )
@@ -603,14 +603,14 @@ def main(args):
                 seconds_left = seconds * (args.rounds * (args.rounds + 1) / 2 - done) / done
                 means = {}
                 for name in metrics:
-                    means[name] = torch.stack([step_means[name] for step_means in steps]).mean()
+                    means[name] = torch.stack([step_metrics[name] for step_metrics in steps]).mean()
                 steps = []
                 if writer:
                     for name in means:
                         writer.add_scalar(name, means[name], pairs_seen)
                     writer.add_scalar("charts/learning_rate", learning_rate, pairs_seen)
                     writer.add_scalar("charts/pairs_per_second", pairs_seen / seconds, pairs_seen)
-                    writer.flush()  # so that a run that is killed keeps its curves
+                    writer.flush()  # so that a killed run keeps its curves
                 print(
                     f"pair {pairs_seen:7d}  loss {means['losses/loss']:.3f}  "
                     f"accuracy {means['rewards/accuracies']:.3f}  "
@@ -618,7 +618,7 @@ def main(args):
                     f"{pairs_seen / seconds:,.1f} pairs/s  {seconds_left:.0f} s left"
                 )
 
-    # Evaluate on the held-out prompts and save; only then print, which a closed pipe makes fail.
+    # Evaluate on the held-out prompts. Save before printing: a closed pipe makes print fail.
     after = evaluate(policy, reference, test_prompts, test_targets, 1.0)
     save_error = None
     if args.save_path is not None:
@@ -641,7 +641,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    # Print each line at once; where the output cannot show a character, print a question mark.
+    # Flush every line; print ? for characters that the output's encoding lacks.
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main(tyro.cli(Args, description=__doc__))

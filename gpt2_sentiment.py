@@ -58,12 +58,12 @@ class Args:
     resume: Path | None = None  # run folder to continue, with the flags it was started with
 
     # Task
-    model: str = "embedded"  # a small GPT-2 made at start, a name on the hub, or a directory
+    model: str = "embedded"  # a small GPT-2 trained at startup, a Hub name, or a directory
     prompts: Path | None = None  # text file with one prompt per line; every fifth is held out
     reward: Literal["sentiment", "plain", "positivity", "composite"] = "sentiment"  # see "Task"
     lexicon: Path | None = None  # for sentiment and plain: file with "word weight" on each line
     reward_model: Path | None = None  # maximise the score of this GPT2ForSequenceClassification
-    pretrain_steps: int = 500  # supervised steps that make the embedded model
+    pretrain_steps: int = 500  # pretraining steps of the embedded model
     eval_samples: int = 256  # responses sampled for each evaluation
 
     # Training
@@ -77,24 +77,24 @@ class Args:
     response_length: int = 20  # maximum number of response tokens
     temperature: float = 1.0  # sampling temperature; also used for log-probabilities
     top_k: int = 0  # sample from the k likeliest tokens; 0 = from all
-    top_p: float = 1.0  # sample from the fewest tokens that have this total probability
+    top_p: float = 1.0  # nucleus sampling: fewest tokens whose probability reaches this
 
     # PPO
     kl_coef: float = 3.0  # β: price of a nat of KL(policy ‖ reference), in units of reward
-    kl_target: float | None = 4.0  # adapt β until the KL per response is this; None: constant β
+    kl_target: float | None = 4.0  # adapt β to hold this KL, in nats per response; None: don't
     kl_horizon: int = 500  # episodes in which the adaptive β can change by about 20%
     gamma: float = 1.0  # discount per token; usually 1, since the score is paid at the end
     gae_lambda: float = 0.95  # GAE λ: 1 = Monte Carlo returns (unbiased), 0 = one-step TD
     clip_coef: float = 0.2  # ε: clipping range of the probability ratio π/π_old
     value_clip: float = 1.0  # clipping range of value updates, in units of the (scaled) returns
     vf_coef: float = 0.02  # weight of the value loss
-    ent_coef: float = 0.0  # entropy bonus
+    ent_coef: float = 0.0  # weight of the entropy bonus
     separate_critic: bool = False  # give the critic a GPT-2 of its own, not a head on the policy
     missing_eos_penalty: float = 0.0  # subtracted from the score of a response without EOS
-    whiten_rewards: bool = True  # divide rewards by their standard deviation in each rollout
+    whiten_rewards: bool = True  # divide rewards by their standard deviation; the mean stays
     normalize_advantages: bool = True  # whiten advantages over each rollout
     advantage_clip: float | None = None  # clip advantages to ± this, after any whitening
-    target_kl: float | None = None  # stop after an epoch whose last approx_kl exceeds this
+    target_kl: float | None = None  # skip a rollout's remaining epochs once approx_kl exceeds this
 
     def __post_init__(self):
         for name in ["save_dir", "resume", "prompts", "lexicon", "reward_model"]:
@@ -104,7 +104,7 @@ class Args:
 
 
 def fail(message):
-    """End the program with one line and status 2."""
+    """Print an error and exit with status 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -119,7 +119,7 @@ def is_writable(folder):
 
 
 def check_args(args):
-    """Exit with status 2 and one line if a flag's value makes no sense."""
+    """Exit with an error if a flag's value makes no sense."""
     runs = Path("runs") if os.path.lexists("runs") else Path(".")
     resume = args.resume
     other_flags = [f.name for f in fields(args) if getattr(args, f.name) != f.default]
@@ -154,7 +154,7 @@ def check_args(args):
         ),
         (
             minibatch_size % processes == 0,
-            f"--num-minibatches leaves {minibatch_size} responses for {processes} processes",
+            f"--num-minibatches: {processes} processes cannot share {minibatch_size} responses",
         ),
         (
             args.eval_samples % processes == 0,
@@ -181,7 +181,7 @@ def check_args(args):
     if args.save_dir is not None:
         save_dir = args.save_dir
         writable = is_writable(save_dir.parent)
-        rules.append((writable, f"--save-dir {save_dir}: no folder there that can be written to"))
+        rules.append((writable, f"--save-dir {save_dir}: its folder is missing or not writable"))
         short = len(os.fsencode(save_dir.name)) <= 200
         rules.append((short, "--save-dir: the name is longer than 200 bytes"))
         new = not os.path.lexists(save_dir)
@@ -307,7 +307,7 @@ def write_sentences(count, seed):
 
 
 def read_lines(path, flag):
-    """The lines of a text file that are not blank, as UTF-8, without a byte order mark."""
+    """The non-blank lines of a UTF-8 file, without a byte order mark."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -321,7 +321,7 @@ def read_lines(path, flag):
 def read_prompts(path):
     """Prompts to train on and held-out prompts: lists of texts, from the file or the grammar.
 
-    Of fewer than five lines none is held out; openings of the grammar take their place.
+    With fewer than five lines none is held out; grammar openings are used instead.
     """
     others = sorted(set(OPENINGS) - set(TUTORIAL_PROMPTS))
     random.Random(20).shuffle(others)
@@ -424,7 +424,7 @@ def to_scores(rewards, count, device):
 
 
 # ---------------------------------------------------------------------------- Model
-PAD = -1  # stands to the left of the shorter prompts of a batch; not a token of the vocabulary
+PAD = -1  # pads the shorter prompts of a batch on the left; not a token of the vocabulary
 
 
 @dataclass
@@ -463,7 +463,7 @@ class KVCache:
 
 
 def linear(x, weight, bias=None):
-    """F.linear, on a CPU in two thirds of the time if each response has one token, as in sampling.
+    """F.linear; on a CPU 1.5 times as fast if each response has one token, as in sampling.
 
     A CPU is faster at a large matrix times few columns than at few rows times a large matrix. So
     this computes (W xᵀ)ᵀ, in slices of W that fit in the processor's cache.
@@ -574,7 +574,7 @@ class Critic(nn.Module):
 class TextRewardModel(nn.Module):
     """Prompts and responses (texts) to scores (B,), by a GPT-2 with a scalar head.
 
-    As GPT2ForSequenceClassification, it scores at the last token of the text: the response's last
+    Like GPT2ForSequenceClassification, it scores at the last token of the text: the response's last
     token before EOS. The text is read with the reward model's own tokenizer.
     """
 
@@ -597,7 +597,7 @@ class TextRewardModel(nn.Module):
 
 
 def train_tokenizer(sentences, vocab_size):
-    """A byte-level BPE like GPT-2's: every text has tokens, and frequent words have one."""
+    """A byte-level BPE like GPT-2's: any text can be encoded, frequent words as one token."""
     tokenizer = byte_level_tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -622,7 +622,7 @@ def embedded_gpt2(sentences):
     policy = GPT2(Config(vocab_size=tokenizer.get_vocab_size()))
     for name, parameter in policy.named_parameters():
         std = 0.02
-        if "c_proj" in name:  # smaller where the layers' outputs add up (Radford et al. 2019)
+        if "c_proj" in name:  # smaller in residual projections (Radford et al. 2019)
             std = 0.02 / math.sqrt(2 * policy.config.n_layer)
         if parameter.dim() == 2:
             nn.init.normal_(parameter, std=std)
@@ -797,14 +797,14 @@ def masked_mean(x, mask):
 
 
 def whiten(x, mask):
-    """Give x (B, R) mean 0 and variance 1 (over N) where mask is true; 0 elsewhere."""
+    """Give x (B, R) mean 0 and population variance 1 where mask is true; 0 elsewhere."""
     mean = masked_mean(x, mask)
     std = masked_mean((x - mean) ** 2, mask).sqrt()
     return torch.where(mask, (x - mean) / (std + 1e-8), 0.0)
 
 
 def distinct_2(texts):
-    """Distinct pairs of neighbouring words per pair: low if the texts are alike."""
+    """Share of word bigrams that are distinct: low if the texts are alike."""
     pairs = [pair for text in texts for pair in pairwise(split_words(text))]
     return len(set(pairs)) / max(len(pairs), 1)
 
@@ -889,7 +889,7 @@ def sample_rollout(policy, critic, reference, prompts, noise, args):
 
 @torch.no_grad()
 def evaluate_texts(policy, reference, prompts, tokenizer, reward_model, lexicon, args):
-    """Sample args.eval_samples responses, prompt after prompt. Returns metrics, texts and scores.
+    """Sample args.eval_samples responses, cycling over prompts. Returns metrics, texts and scores.
 
     The KL is in nats per response; at each token it is summed over the vocabulary. Every call uses
     the same random numbers, so that responses before and after training can be compared in pairs.
@@ -938,18 +938,18 @@ def adapt_kl_coef(kl_coef, kl, kl_target, episodes, kl_horizon):
 
 
 def token_rewards(scores, kl, mask, kl_coef):
-    """Per-token rewards (B, R): -β·KL at every token, plus the score (B,) at the last one."""
+    """Per-token rewards (B, R): -β·kl at every token, plus the score (B,) at the last one."""
     last = mask.sum(1, keepdim=True) - 1  # EOS, or the final token of a truncated response
     rewards = (-kl_coef * kl).scatter_add(1, last, scores[:, None])
     return torch.where(mask, rewards, 0.0)
 
 
 def scale_rewards(rewards, mask):
-    """Divide rewards (B, R) by the standard deviation of the rollout's token rewards (over N).
+    """Divide rewards (B, R) by the population standard deviation of the rollout's token rewards.
 
-    The mean is not subtracted, so that scores and KL penalties keep their proportion. There is a
-    price: as the scores spread (deviation from 2 to 9 in the default run), the same score gives a
-    smaller return, and the critic's values are too large until it has followed.
+    The mean is not subtracted: that would add a constant per token and so favour some lengths. But
+    as the scores spread (deviation from 2 to 9 in the default run), the same score gives a smaller
+    return, and the critic's values are too large until it has caught up.
     """
     mean = masked_mean(rewards, mask)
     std = masked_mean((rewards - mean) ** 2, mask).sqrt()
@@ -959,7 +959,7 @@ def scale_rewards(rewards, mask):
 def compute_gae(rewards, values, mask, gamma, gae_lambda):
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16).
 
-    rewards, values, mask: (B, R). Returns advantages and returns, both (B, R), zero after EOS.
+    rewards, values, mask: (B, R). Returns advantages and λ-returns, both (B, R), zero after EOS.
     """
     advantages = torch.zeros_like(rewards)
     next_value = torch.zeros_like(rewards[:, 0])  # (B,)
@@ -976,8 +976,8 @@ def compute_gae(rewards, values, mask, gamma, gae_lambda):
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip_coef):
     """Clipped surrogate objective (Schulman et al. 2017, eq. 7), negated. All inputs (B, R).
 
-    Summed over tokens, averaged over responses: at π = π_old, and with unbiased advantages (γ = 1,
-    λ = 1 or an exact critic, neither whitened nor clipped), its expected gradient is that of -J. A
+    Summed over tokens, averaged over responses: at π = π_old, and with unbiased advantages (γ = 1;
+    λ = 1 or an exact critic; no whitening or clipping), its expected gradient is that of -J. A
     mean over the tokens of each response would give the tokens of short responses more weight.
     """
     logratio = torch.where(mask, logprobs - old_logprobs, 0.0)
@@ -1034,14 +1034,14 @@ def find_folder(name):
 
 
 def read_config(path):
-    """The Config in a config.json. ValueError if GPT2 cannot be that model."""
+    """The Config in a config.json. ValueError if GPT2 does not support it."""
     raw = json.loads(path.read_text(encoding="utf-8-sig"))
     if raw.get("model_type") != "gpt2":
         raise ValueError(f"model_type is {raw.get('model_type')!r}; supported: 'gpt2'")
     for key, values in SUPPORTED.items():
         if raw.get(key, values[0]) not in values:
             raise ValueError(f"{key} is {raw[key]!r}; supported: {values}")
-    # What config.json leaves out is as in the 124M GPT-2.
+    # Missing keys default to those of the 124M GPT-2.
     config = Config(
         vocab_size=50257,
         n_positions=1024,
@@ -1092,7 +1092,7 @@ def transpose_linear(weights):
 
 
 def rename_weights(weights):
-    """Hugging Face's tensors in this file's names and shapes, float32, without what is not used."""
+    """Rename and transpose Hugging Face's tensors for GPT2, as float32; drop those not used."""
     weights = {name.removeprefix("transformer."): x.float() for name, x in weights.items()}
     head = weights.pop("lm_head.weight", None)  # tied to wte: the same numbers
     if head is not None and "wte.weight" not in weights:
@@ -1138,7 +1138,7 @@ def load_gpt2(folder, flag="--model"):
         )
         weights = rename_weights(read_weights(path))
         score = weights.pop("score.weight", None)
-        with torch.device("meta"):  # without memory for weights that the file's replace
+        with torch.device("meta"):  # allocate nothing: the file's weights replace these
             gpt = GPT2(config)
         gpt.load_state_dict(weights, assign=True)
         path = first_file(folder, ["tokenizer.json", "vocab.json"])
@@ -1331,7 +1331,7 @@ def main(args):
     if rank == 0:
         if run_folder is None and (args.tensorboard or args.checkpoint_every is not None):
             run_folder = Path("runs", run_name)
-            os.makedirs(run_folder)  # new: no two runs share a folder
+            os.makedirs(run_folder)  # fails if the folder exists: no two runs share one
         if run_folder is not None:
             run_name = run_folder.name
             for part in run_folder.glob("checkpoint.pt.*.part"):
@@ -1475,7 +1475,7 @@ def main(args):
             )
             recent_scores = []
             if writer:
-                writer.flush()  # so that a run that is killed keeps its curves
+                writer.flush()  # so that a killed run keeps its curves
         at_checkpoint = False
         if args.checkpoint_every is not None:
             at_checkpoint = rollout % args.checkpoint_every == 0 or rollout == num_rollouts
@@ -1496,7 +1496,7 @@ def main(args):
             }
             save_checkpoint(run_folder / "checkpoint.pt", state, args)
 
-    # Evaluate, save, and only then print: what cannot be printed is not lost.
+    # Evaluate. Save before printing: a closed pipe makes print fail.
     episodes = num_rollouts * args.batch_size
     train_after = evaluate_texts(policy, reference, train_prompts, *evaluation_inputs)
     test_after = evaluate_texts(policy, reference, test_prompts, *evaluation_inputs)
@@ -1540,7 +1540,7 @@ def main(args):
         print("\n" + "\n\n".join([*examples, *endings[:1]]))
         print(f"{endings[1]}  {time.time() - start_time:.1f} s", flush=True)
     if processes > 1:
-        # Nobody leaves while another still works. A barrier would hold the tensors of the last
+        # No process leaves while another works. A barrier would hold the tensors of the last
         # all_gather, and gloo can hang where a thread frees such tensors while the group ends.
         finished = torch.zeros(1, device=device)
         dist.all_reduce(finished)
@@ -1551,7 +1551,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    # Print each line at once; where the output cannot show a character, print a question mark.
+    # Flush every line; print ? for characters that the output's encoding lacks.
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
     rank, _ = rank_and_processes()
     try:

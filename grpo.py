@@ -2,16 +2,16 @@
 
     maximise over π:  J(π) = E[R(x, y)] - β · KL(π ‖ π_ref)
 
-Repeat: sample a group of responses to each prompt; the advantage of every token of a response is
-its score minus the group's mean; take a few gradient steps on the clipped probability ratio
-π/π_old, with the KL to the reference as a loss term.
+Repeat: sample a group of responses to each prompt; the advantage of every token is its response's
+score minus the group's mean; take a few gradient steps on the clipped probability ratio π/π_old,
+with the KL to the reference as a loss term.
 
 GRPO: Shao et al. 2024 (arXiv:2402.03300). As published: `--scale-rewards group --kl-estimator k3`.
 Left out: process supervision, and iterative GRPO (new references and reward models).
-`--loss-type dr-grpo` and `dapo` take one part of each paper: how tokens are averaged.
-Dr. GRPO (arXiv:2503.20783) also has `--scale-rewards none --kl-coef 0`; DAPO (arXiv:2503.14476)
-`--scale-rewards group --kl-coef 0 --clip-coef-high 0.28`. Left out of DAPO: dynamic sampling and
-the penalty for overlong responses.
+`--loss-type dr-grpo` and `dapo` adopt one part of each paper: how the loss averages over tokens.
+The full Dr. GRPO (arXiv:2503.20783) also sets `--scale-rewards none --kl-coef 0`; DAPO
+(arXiv:2503.14476) `--scale-rewards group --kl-coef 0 --clip-coef-high 0.28`. Left out of DAPO:
+dynamic sampling and the penalty for overlong responses.
 
 The task: given three digits, write two more and EOS so that all five sum to 20. A small GPT is
 first trained on correct answers (SFT). A frozen copy of it is the reference; GRPO trains the
@@ -51,7 +51,7 @@ class Args:
     save_path: Path | None = None  # file for the final weights and the flags
 
     # Training
-    sft_steps: int = 100  # supervised steps that make the reference; 0: random weights
+    sft_steps: int = 100  # SFT steps that train the reference; 0: random weights
     reward_model: Path | None = None  # maximise the score of a model saved by reward_model.py
     total_episodes: int = 112_640  # total number of sampled responses
     batch_size: int = 512  # responses per rollout
@@ -65,9 +65,9 @@ class Args:
     group_size: int = 4  # responses per prompt
     kl_coef: float = 0.05  # β: price of a nat of KL(policy ‖ reference), in units of reward
     loss_type: Literal["grpo", "dr-grpo", "dapo", "gspo", "cispo"] = "grpo"  # see grpo_loss
-    scale_rewards: Literal["none", "group", "batch"] = "none"  # divide by this standard deviation
+    scale_rewards: Literal["none", "group", "batch"] = "none"  # divide advantages by this std
     clip_coef: float = 0.2  # ε: clipping range of the probability ratio π/π_old
-    clip_coef_high: float | None = None  # upper ε, the only one that cispo uses; default: ε
+    clip_coef_high: float | None = None  # upper ε, the only one that cispo uses; default: clip_coef
     kl_estimator: Literal["k2", "k3", "k3-iw", "full"] = "k3-iw"  # of the KL in the loss
 
 
@@ -76,13 +76,13 @@ def is_writable(folder):
 
 
 def fail(message):
-    """End the program with one line and status 2."""
+    """Print an error and exit with status 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def check_args(args):
-    """Exit with status 2 and one line if a flag's value makes no sense."""
+    """Exit with an error if a flag's value makes no sense."""
     runs = Path("runs") if os.path.lexists("runs") else Path(".")
     rules = [
         (args.device == "cpu" or torch.cuda.is_available(), "--device cuda: no GPU is available"),
@@ -100,7 +100,7 @@ def check_args(args):
         (0 < args.learning_rate < 1, f"--learning-rate {args.learning_rate} must be in (0, 1)"),
         (0 < args.max_grad_norm < 1e6, f"--max-grad-norm {args.max_grad_norm} must be in (0, 1e6)"),
         (1e-6 < args.temperature < 1e6, f"--temperature {args.temperature} must be in (1e-6, 1e6)"),
-        (args.group_size >= 2, f"--group-size {args.group_size} must be at least 2, to compare"),
+        (args.group_size >= 2, f"--group-size {args.group_size} must be at least 2"),
         (args.batch_size % max(1, args.group_size) == 0, "--group-size must divide --batch-size"),
         (0 <= args.kl_coef < 1e6, f"--kl-coef {args.kl_coef} must be in [0, 1e6)"),
         (0 < args.clip_coef < 1e6, f"--clip-coef {args.clip_coef} must be in (0, 1e6)"),
@@ -109,14 +109,14 @@ def check_args(args):
         save_path = Path(args.save_path)
         writable = is_writable(save_path.parent)
         free = save_path.is_file() or not os.path.lexists(save_path)
-        rules.append((writable, f"--save-path {save_path}: no folder there that can be written to"))
-        rules.append((free, f"--save-path {save_path} exists and is not a file; name another"))
+        rules.append((writable, f"--save-path {save_path}: its folder is missing or not writable"))
+        rules.append((free, f"--save-path {save_path} exists and is not a file; choose another"))
     if args.clip_coef_high is not None:
         valid = 0 < args.clip_coef_high < 1e6
         rules.append((valid, f"--clip-coef-high {args.clip_coef_high} must be in (0, 1e6)"))
     if args.reward_model is not None and args.save_path is not None:
         same = save_path.resolve() == Path(args.reward_model).resolve()
-        rules.append((not same, "--save-path would overwrite --reward-model; name another file"))
+        rules.append((not same, "--save-path would overwrite --reward-model; choose another file"))
     for valid, error in rules:
         if not valid:
             fail(error)
@@ -158,7 +158,7 @@ def make_demonstrations(prompts, targets):
 
 
 def reward(targets, responses):
-    """1 if the response is two digits with the target as their sum, and then EOS; else 0. (B,)"""
+    """1 if the response is two digits that sum to the target, then EOS; else 0. (B,)"""
     well_formed = (responses[:, :2] != EOS).all(1) & (responses[:, 2] == EOS)
     return (well_formed & (responses[:, :2].sum(1) == targets)).float()
 
@@ -176,7 +176,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
-        nn.init.zeros_(self.proj.weight)  # so that at first a block adds a constant only
+        nn.init.zeros_(self.proj.weight)  # at first, a block adds only its biases
         nn.init.zeros_(self.down.weight)
 
     def forward(self, x):
@@ -212,16 +212,16 @@ class GPT(nn.Module):
 class RewardModel(nn.Module):
     """Prompts (B, P) and responses (B, R) to scores (B,), learned by reward_model.py.
 
-    The score is the mean of an ensemble of K members, minus uncertainty_coef times their standard
-    deviation (over K): a lower confidence bound, as in Coste et al. 2023 (arXiv:2310.02743), where
-    it is the variance. With a coefficient above 0, scores are a little random, since they depend on
-    a few responses sampled from the reference.
+    The score is the mean of an ensemble of K members, minus uncertainty_coef times their population
+    standard deviation: a lower confidence bound, like that of Coste et al. 2023 (arXiv:2310.02743),
+    who subtract the variance. With a coefficient above 0, scores are slightly random, since they
+    depend on a few responses sampled from the reference.
     """
 
     def __init__(self, ensemble_size, uncertainty_coef):
         super().__init__()
         self.members = nn.ModuleList([GPT(outputs=1) for _ in range(ensemble_size)])
-        self.reference = GPT()  # samples the responses from which the constants are estimated
+        self.reference = GPT()  # forward samples from it to remove each prompt's constant
         self.uncertainty_coef = uncertainty_coef
 
     def member_scores(self, prompts, responses):
@@ -243,7 +243,7 @@ class RewardModel(nn.Module):
 
 
 def load_reward_model(path, device):
-    """Load what reward_model.py saved. Anything else ends the program with one line."""
+    """Load what reward_model.py saved. Exits with an error on any other file."""
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
         reward_model = RewardModel(len(saved["members"]), float(saved["uncertainty_coef"]))
@@ -256,7 +256,7 @@ def load_reward_model(path, device):
         if not 0 <= reward_model.uncertainty_coef < 1e6:
             raise ValueError
     except Exception as error:  # a file can be wrong in any number of ways
-        reason = f"not a file of reward_model.py, or damaged ({type(error).__name__})"
+        reason = f"not saved by reward_model.py, or damaged ({type(error).__name__})"
         fail(f"--reward-model {path}: {reason}")
     return reward_model.to(device).requires_grad_(False)
 
@@ -278,7 +278,7 @@ def generate(policy, prompts, temperature):
 
 
 def get_scores(targets, responses):
-    """What reward returns, as float32 scores (B,). They must be one finite number per response."""
+    """Rewards as float32 scores (B,). Exits unless there is one finite number per response."""
     rewards = reward(targets, responses)
     try:
         scores = torch.as_tensor(rewards, dtype=torch.float32, device=responses.device).detach()
@@ -349,8 +349,8 @@ def sft(policy, prompts, responses, steps):
 def evaluate(policy, reference, prompts, targets, temperature):
     """Success rate and KL(policy ‖ reference), in nats per response, of sampled responses.
 
-    Samples 16 responses per prompt. Returns both means, and their standard errors: how much they
-    vary from sample to sample, for these same prompts.
+    Samples 16 responses per prompt. Returns both means and their standard errors, which cover the
+    sampling of responses but not the choice of prompts.
     """
     success = []
     kl = []
@@ -376,13 +376,13 @@ def evaluate(policy, reference, prompts, targets, temperature):
 def group_advantages(scores, group_size, scale_rewards):
     """Score minus the mean score of the group. scores: (B,), groups adjacent; returns (B,).
 
-    Then divided, or not, by a standard deviation (over N) of the scores:
-    none   (arXiv:2503.20783): the policy gradient, but each response counts in the mean that it is
-           compared with. The expected gradient of the reward shrinks to (G-1)/G of the true one,
+    Then optionally divided by a population standard deviation of the scores:
+    none   (arXiv:2503.20783): the policy gradient, except that each score is part of its own
+           baseline: the expected gradient of the reward shrinks to (G-1)/G of the true one,
            and β acts like β·G/(G-1). To undo this, multiply --kl-coef by (G-1)/G.
     group  (arXiv:2402.03300): of the group. Raises the weight of prompts that are nearly always or
            nearly never solved, so training no longer aims at the maximum of J.
-    batch  (arXiv:2508.08221): of the batch. Scales all prompts alike: only β changes its meaning.
+    batch  (arXiv:2508.08221): of the batch. Scales all prompts alike: only β's effect changes.
     """
     groups = scores.view(-1, group_size)
     # Subtract the group's lowest score first, so that equal scores give an advantage of exactly 0.
@@ -397,7 +397,7 @@ def group_advantages(scores, group_size, scale_rewards):
 
 
 def token_weights(mask, loss_type):
-    """Weight in the loss of the tokens of each response. mask: (B, R), of a rollout; returns (B,).
+    """Loss weight of the tokens of each response (B,), from the mask (B, R) of a whole rollout.
 
     grpo, gspo:   mean over the tokens of each response, then over responses (arXiv:2402.03300,
                   eq. 3; arXiv:2507.18071, eq. 5). Tokens of short responses count more.
@@ -454,8 +454,8 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, weights, loss_type, clip
 def kl_penalty(logprobs, old_logprobs, ref_logprobs, mask, kl_estimator):
     """KL(policy ‖ reference) at each token, for the loss, from the sampled tokens. (B, R)
 
-    With d = log π - log π_ref. What counts in a loss is its expected gradient, token by token:
-    k1     d: zero, so it is not offered.
+    Let d = log π - log π_ref. Listed: each estimator and its expected gradient, token by token.
+    k1     d: its expected gradient is zero, so it is not offered.
     k2     d²/2: that of KL(π ‖ π_ref), as long as π = π_old.
     k3     exp(-d) - 1 + d: that of KL(π_ref ‖ π), the other direction, as long as π = π_old.
     k3-iw  k3 · π/π_old, importance-weighted: that of KL(π ‖ π_ref), also after π has moved
@@ -478,8 +478,8 @@ def kl_penalty(logprobs, old_logprobs, ref_logprobs, mask, kl_estimator):
 
 # ---------------------------------------------------------------------------- Training
 def save(path, contents):
-    """Write a file whole or not at all. Returns None, or an error message."""
-    path = Path(path).resolve()  # if path is a link, its target
+    """Write a file atomically. Returns None, or an error message."""
+    path = Path(path).resolve()  # write through a link, do not replace it
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         torch.save(contents, part)
@@ -519,7 +519,7 @@ def main(args):
     print(f"{run_name}: {sum(p.numel() for p in parameters):,} parameters on {device}")
     writer = None
     if args.tensorboard:
-        os.makedirs(f"runs/{run_name}")  # new: no two runs share a folder
+        os.makedirs(f"runs/{run_name}")  # fails if the folder exists: no two runs share one
         writer = SummaryWriter(f"runs/{run_name}")
         lines = [f"|{flag}|{value}|" for flag, value in asdict(args).items()]
         writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *lines]))
@@ -631,9 +631,9 @@ def main(args):
             )
             recent_scores = []
             if writer:
-                writer.flush()  # so that a run that is killed keeps its curves
+                writer.flush()  # so that a killed run keeps its curves
 
-    # Evaluate on the held-out prompts and save; only then print, which a closed pipe makes fail.
+    # Evaluate on the held-out prompts. Save before printing: a closed pipe makes print fail.
     after = evaluate(policy, reference, test_prompts, test_targets, args.temperature)
     save_error = None
     if args.save_path is not None:
@@ -656,7 +656,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    # Print each line at once; where the output cannot show a character, print a question mark.
+    # Flush every line; print ? for characters that the output's encoding lacks.
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main(tyro.cli(Args, description=__doc__))

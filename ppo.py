@@ -47,7 +47,7 @@ class Args:
     save_path: Path | None = None  # file for the final weights and the flags
 
     # Training
-    sft_steps: int = 100  # supervised steps that make the reference; 0: random weights
+    sft_steps: int = 100  # SFT steps that train the reference; 0: random weights
     reward_model: Path | None = None  # maximise the score of a model saved by reward_model.py
     total_episodes: int = 122_880  # total number of sampled responses
     batch_size: int = 256  # responses per rollout
@@ -65,10 +65,10 @@ class Args:
     dual_clip: float | None = None  # also bound the loss at dual_clip · |A| when A < 0; e.g. 3
     value_clip: float = 0.2  # clipping range of value updates, in units of reward
     vf_coef: float = 0.1  # weight of the value loss
-    ent_coef: float = 0.0  # entropy bonus
+    ent_coef: float = 0.0  # weight of the entropy bonus
     normalize_advantages: bool = False  # whiten advantages over each rollout
     advantage_clip: float | None = None  # clip advantages to ± this, after any whitening
-    target_kl: float | None = None  # stop after an epoch whose last approx_kl exceeds this
+    target_kl: float | None = None  # skip a rollout's remaining epochs once approx_kl exceeds this
 
 
 def is_writable(folder):
@@ -76,13 +76,13 @@ def is_writable(folder):
 
 
 def fail(message):
-    """End the program with one line and status 2."""
+    """Print an error and exit with status 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def check_args(args):
-    """Exit with status 2 and one line if a flag's value makes no sense."""
+    """Exit with an error if a flag's value makes no sense."""
     runs = Path("runs") if os.path.lexists("runs") else Path(".")
     rules = [
         (args.device == "cpu" or torch.cuda.is_available(), "--device cuda: no GPU is available"),
@@ -112,8 +112,8 @@ def check_args(args):
         save_path = Path(args.save_path)
         writable = is_writable(save_path.parent)
         free = save_path.is_file() or not os.path.lexists(save_path)
-        rules.append((writable, f"--save-path {save_path}: no folder there that can be written to"))
-        rules.append((free, f"--save-path {save_path} exists and is not a file; name another"))
+        rules.append((writable, f"--save-path {save_path}: its folder is missing or not writable"))
+        rules.append((free, f"--save-path {save_path} exists and is not a file; choose another"))
     if args.dual_clip is not None:
         rules.append((1 < args.dual_clip < 1e6, f"--dual-clip {args.dual_clip} must exceed 1"))
     if args.advantage_clip is not None:
@@ -125,7 +125,7 @@ def check_args(args):
         )
     if args.reward_model is not None and args.save_path is not None:
         same = save_path.resolve() == Path(args.reward_model).resolve()
-        rules.append((not same, "--save-path would overwrite --reward-model; name another file"))
+        rules.append((not same, "--save-path would overwrite --reward-model; choose another file"))
     for valid, error in rules:
         if not valid:
             fail(error)
@@ -167,7 +167,7 @@ def make_demonstrations(prompts, targets):
 
 
 def reward(targets, responses):
-    """1 if the response is two digits with the target as their sum, and then EOS; else 0. (B,)"""
+    """1 if the response is two digits that sum to the target, then EOS; else 0. (B,)"""
     well_formed = (responses[:, :2] != EOS).all(1) & (responses[:, 2] == EOS)
     return (well_formed & (responses[:, :2].sum(1) == targets)).float()
 
@@ -185,7 +185,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
-        nn.init.zeros_(self.proj.weight)  # so that at first a block adds a constant only
+        nn.init.zeros_(self.proj.weight)  # at first, a block adds only its biases
         nn.init.zeros_(self.down.weight)
 
     def forward(self, x):
@@ -221,16 +221,16 @@ class GPT(nn.Module):
 class RewardModel(nn.Module):
     """Prompts (B, P) and responses (B, R) to scores (B,), learned by reward_model.py.
 
-    The score is the mean of an ensemble of K members, minus uncertainty_coef times their standard
-    deviation (over K): a lower confidence bound, as in Coste et al. 2023 (arXiv:2310.02743), where
-    it is the variance. With a coefficient above 0, scores are a little random, since they depend on
-    a few responses sampled from the reference.
+    The score is the mean of an ensemble of K members, minus uncertainty_coef times their population
+    standard deviation: a lower confidence bound, like that of Coste et al. 2023 (arXiv:2310.02743),
+    who subtract the variance. With a coefficient above 0, scores are slightly random, since they
+    depend on a few responses sampled from the reference.
     """
 
     def __init__(self, ensemble_size, uncertainty_coef):
         super().__init__()
         self.members = nn.ModuleList([GPT(outputs=1) for _ in range(ensemble_size)])
-        self.reference = GPT()  # samples the responses from which the constants are estimated
+        self.reference = GPT()  # forward samples from it to remove each prompt's constant
         self.uncertainty_coef = uncertainty_coef
 
     def member_scores(self, prompts, responses):
@@ -252,7 +252,7 @@ class RewardModel(nn.Module):
 
 
 def load_reward_model(path, device):
-    """Load what reward_model.py saved. Anything else ends the program with one line."""
+    """Load what reward_model.py saved. Exits with an error on any other file."""
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
         reward_model = RewardModel(len(saved["members"]), float(saved["uncertainty_coef"]))
@@ -265,7 +265,7 @@ def load_reward_model(path, device):
         if not 0 <= reward_model.uncertainty_coef < 1e6:
             raise ValueError
     except Exception as error:  # a file can be wrong in any number of ways
-        reason = f"not a file of reward_model.py, or damaged ({type(error).__name__})"
+        reason = f"not saved by reward_model.py, or damaged ({type(error).__name__})"
         fail(f"--reward-model {path}: {reason}")
     return reward_model.to(device).requires_grad_(False)
 
@@ -287,7 +287,7 @@ def generate(policy, prompts, temperature):
 
 
 def get_scores(targets, responses):
-    """What reward returns, as float32 scores (B,). They must be one finite number per response."""
+    """Rewards as float32 scores (B,). Exits unless there is one finite number per response."""
     rewards = reward(targets, responses)
     try:
         scores = torch.as_tensor(rewards, dtype=torch.float32, device=responses.device).detach()
@@ -342,7 +342,7 @@ def masked_mean(x, mask):
 
 
 def whiten(x, mask):
-    """Give x (B, R) mean 0 and variance 1 (over N) where mask is true; 0 elsewhere."""
+    """Give x (B, R) mean 0 and population variance 1 where mask is true; 0 elsewhere."""
     mean = masked_mean(x, mask)
     std = masked_mean((x - mean) ** 2, mask).sqrt()
     return torch.where(mask, (x - mean) / (std + 1e-8), 0.0)
@@ -365,8 +365,8 @@ def sft(policy, prompts, responses, steps):
 def evaluate(policy, reference, prompts, targets, temperature):
     """Success rate and KL(policy ‖ reference), in nats per response, of sampled responses.
 
-    Samples 16 responses per prompt. Returns both means, and their standard errors: how much they
-    vary from sample to sample, for these same prompts.
+    Samples 16 responses per prompt. Returns both means and their standard errors, which cover the
+    sampling of responses but not the choice of prompts.
     """
     success = []
     kl = []
@@ -389,7 +389,7 @@ def evaluate(policy, reference, prompts, targets, temperature):
 
 # ---------------------------------------------------------------------------- PPO
 def token_rewards(scores, kl, mask, kl_coef):
-    """Per-token rewards (B, R): -β·KL at every token, plus the score (B,) at the last one."""
+    """Per-token rewards (B, R): -β·kl at every token, plus the score (B,) at the last one."""
     last = mask.sum(1, keepdim=True) - 1  # EOS, or the final token of a truncated response
     rewards = (-kl_coef * kl).scatter_add(1, last, scores[:, None])
     return torch.where(mask, rewards, 0.0)
@@ -398,7 +398,7 @@ def token_rewards(scores, kl, mask, kl_coef):
 def compute_gae(rewards, values, mask, gamma, gae_lambda):
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16).
 
-    rewards, values, mask: (B, R). Returns advantages and returns, both (B, R), zero after EOS.
+    rewards, values, mask: (B, R). Returns advantages and λ-returns, both (B, R), zero after EOS.
     """
     advantages = torch.zeros_like(rewards)
     next_value = torch.zeros_like(rewards[:, 0])  # (B,)
@@ -415,8 +415,8 @@ def compute_gae(rewards, values, mask, gamma, gae_lambda):
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip_coef):
     """Clipped surrogate objective (Schulman et al. 2017, eq. 7), negated. All inputs (B, R).
 
-    Summed over tokens, averaged over responses: at π = π_old, and with unbiased advantages (γ = 1,
-    λ = 1 or an exact critic, neither whitened nor clipped), its expected gradient is that of -J. A
+    Summed over tokens, averaged over responses: at π = π_old, and with unbiased advantages (γ = 1;
+    λ = 1 or an exact critic; no whitening or clipping), its expected gradient is that of -J. A
     mean over the tokens of each response would give the tokens of short responses more weight.
     """
     logratio = torch.where(mask, logprobs - old_logprobs, 0.0)
@@ -437,7 +437,7 @@ def dual_clip_loss(logprobs, old_logprobs, advantages, mask, clip_coef, dual_cli
     """policy_loss, bounded by dual_clip · |A| for tokens with A < 0 (arXiv:1912.09729, eq. 5).
 
     The ratio of a token with A < 0 is clipped from below only, so its loss has no bound: a token
-    that has become far more likely than at the rollout could dominate the batch.
+    that has become far more likely since it was sampled could dominate the batch.
     """
     bound = old_logprobs + math.log(dual_clip)
     bounded = torch.where(advantages < 0, logprobs.minimum(bound), logprobs)
@@ -457,8 +457,8 @@ def value_loss(values, old_values, returns, mask, value_clip):
 
 # ---------------------------------------------------------------------------- Training
 def save(path, contents):
-    """Write a file whole or not at all. Returns None, or an error message."""
-    path = Path(path).resolve()  # if path is a link, its target
+    """Write a file atomically. Returns None, or an error message."""
+    path = Path(path).resolve()  # write through a link, do not replace it
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         torch.save(contents, part)
@@ -497,7 +497,7 @@ def main(args):
     print(f"{run_name}: {sum(p.numel() for p in parameters):,} parameters on {device}")
     writer = None
     if args.tensorboard:
-        os.makedirs(f"runs/{run_name}")  # new: no two runs share a folder
+        os.makedirs(f"runs/{run_name}")  # fails if the folder exists: no two runs share one
         writer = SummaryWriter(f"runs/{run_name}")
         lines = [f"|{flag}|{value}|" for flag, value in asdict(args).items()]
         writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *lines]))
@@ -609,9 +609,9 @@ def main(args):
             )
             recent_scores = []
             if writer:
-                writer.flush()  # so that a run that is killed keeps its curves
+                writer.flush()  # so that a killed run keeps its curves
 
-    # Evaluate on the held-out prompts and save; only then print, which a closed pipe makes fail.
+    # Evaluate on the held-out prompts. Save before printing: a closed pipe makes print fail.
     after = evaluate(policy, reference, test_prompts, test_targets, args.temperature)
     save_error = None
     if args.save_path is not None:
@@ -634,7 +634,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    # Print each line at once; where the output cannot show a character, print a question mark.
+    # Flush every line; print ? for characters that the output's encoding lacks.
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main(tyro.cli(Args, description=__doc__))

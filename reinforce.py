@@ -50,7 +50,7 @@ class Args:
     save_path: Path | None = None  # file for the final weights and the flags
 
     # Training
-    sft_steps: int = 100  # supervised steps that make the reference; 0: random weights
+    sft_steps: int = 100  # SFT steps that train the reference; 0: random weights
     reward: Literal["outcome", "process"] = "outcome"  # process: half is for the first digit
     total_episodes: int = 163_840  # total number of sampled responses
     batch_size: int = 256  # responses per rollout
@@ -64,7 +64,7 @@ class Args:
     gamma: float = 1.0  # discount per token; usually 1, since the score is paid at the end
     baseline: Baseline = "leave-one-out"  # subtracted from the returns to reduce noise
     vf_coef: float = 0.1  # weight of the value loss
-    ent_coef: float = 0.0  # entropy bonus
+    ent_coef: float = 0.0  # weight of the entropy bonus
     objective: Literal["reinforce", "rwr"] = "reinforce"  # rwr: reward-weighted regression
     rwr_temperature: float = 0.5  # rwr: responses are weighted by exp(return / this)
     rwr_top_fraction: float = 1.0  # rwr: keep only the best fraction of a rollout
@@ -75,13 +75,13 @@ def is_writable(folder):
 
 
 def fail(message):
-    """End the program with one line and status 2."""
+    """Print an error and exit with status 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def check_args(args):
-    """Exit with status 2 and one line if a flag's value makes no sense."""
+    """Exit with an error if a flag's value makes no sense."""
     runs = Path("runs") if os.path.lexists("runs") else Path(".")
     rules = [
         (args.device == "cpu" or torch.cuda.is_available(), "--device cuda: no GPU is available"),
@@ -106,14 +106,14 @@ def check_args(args):
         save_path = Path(args.save_path)
         writable = is_writable(save_path.parent)
         free = save_path.is_file() or not os.path.lexists(save_path)
-        rules.append((writable, f"--save-path {save_path}: no folder there that can be written to"))
-        rules.append((free, f"--save-path {save_path} exists and is not a file; name another"))
-    # A baseline is an average over other responses, so there must be some.
+        rules.append((writable, f"--save-path {save_path}: its folder is missing or not writable"))
+        rules.append((free, f"--save-path {save_path} exists and is not a file; choose another"))
+    # These baselines average over other responses, so there must be some.
     if args.baseline == "leave-one-out" and args.objective == "reinforce":
-        rules.append((args.group_size >= 2, "--baseline leave-one-out: --group-size 2 or more"))
+        rules.append((args.group_size >= 2, "--baseline leave-one-out needs --group-size >= 2"))
     if args.baseline == "batch-mean":
-        rules.append((args.batch_size >= 2, "--baseline batch-mean: --batch-size 2 or more"))
-    # A flag that would not be read is refused.
+        rules.append((args.batch_size >= 2, "--baseline batch-mean needs --batch-size >= 2"))
+    # Reject flags that would have no effect.
     if args.baseline != "value":
         rules.append((args.vf_coef == Args.vf_coef, "--vf-coef needs --baseline value"))
     if args.objective == "rwr":
@@ -164,7 +164,7 @@ def make_demonstrations(prompts, targets):
 
 
 def reward(targets, responses):
-    """1 if the response is two digits with the target as their sum, and then EOS; else 0. (B,)"""
+    """1 if the response is two digits that sum to the target, then EOS; else 0. (B,)"""
     well_formed = (responses[:, :2] != EOS).all(1) & (responses[:, 2] == EOS)
     return (well_formed & (responses[:, :2].sum(1) == targets)).float()
 
@@ -196,7 +196,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
-        nn.init.zeros_(self.proj.weight)  # so that at first a block adds a constant only
+        nn.init.zeros_(self.proj.weight)  # at first, a block adds only its biases
         nn.init.zeros_(self.down.weight)
 
     def forward(self, x):
@@ -245,7 +245,7 @@ def generate(policy, prompts, temperature):
 
 
 def get_scores(targets, responses):
-    """What reward returns, as float32 scores (B,). They must be one finite number per response."""
+    """Rewards as float32 scores (B,). Exits unless there is one finite number per response."""
     rewards = reward(targets, responses)
     try:
         scores = torch.as_tensor(rewards, dtype=torch.float32, device=responses.device).detach()
@@ -304,8 +304,8 @@ def sft(policy, prompts, responses, steps):
 def evaluate(policy, reference, prompts, targets, temperature):
     """Success rate and KL(policy ‖ reference), in nats per response, of sampled responses.
 
-    Samples 16 responses per prompt. Returns both means, and their standard errors: how much they
-    vary from sample to sample, for these same prompts.
+    Samples 16 responses per prompt. Returns both means and their standard errors, which cover the
+    sampling of responses but not the choice of prompts.
     """
     success = []
     kl = []
@@ -328,7 +328,7 @@ def evaluate(policy, reference, prompts, targets, temperature):
 
 # ---------------------------------------------------------------------------- REINFORCE
 def token_rewards(scores, kl, mask, kl_coef):
-    """Per-token rewards (B, R): -β·KL at every token, plus the score (B,) at the last one."""
+    """Per-token rewards (B, R): -β·kl at every token, plus the score (B,) at the last one."""
     last = mask.sum(1, keepdim=True) - 1  # EOS, or the final token of a truncated response
     rewards = (-kl_coef * kl).scatter_add(1, last, scores[:, None])
     return torch.where(mask, rewards, 0.0)
@@ -362,9 +362,9 @@ def leave_one_out_mean(returns, group_size):
 def reinforce_loss(logprobs, advantages, mask):
     """Minus log-probability times advantage (Williams 1992). All inputs (B, R).
 
-    Summed over tokens, averaged over responses: with unbiased advantages (γ = 1 and any of
-    the baselines), its gradient is in expectation the policy gradient of J, negated. A mean
-    over the tokens of each response would instead give the tokens of short responses more weight.
+    Summed over tokens, averaged over responses: with unbiased advantages (γ = 1 and any of the
+    baselines), its expected gradient is that of -J. A mean over the tokens of each response would
+    instead give the tokens of short responses more weight.
     """
     objective = torch.where(mask, logprobs, 0.0) * advantages
     return -masked_sum(objective, mask).mean()
@@ -375,8 +375,8 @@ def rwr_weights(returns, temperature, top_fraction):
 
     Proportional to exp(return / temperature) for the best fraction of the responses (and
     ties), 0 for the rest; they sum to 1. If all are kept, the best fit to the weighted responses
-    is π_new ∝ π · exp(return / temperature). That is π itself only if all responses to a prompt
-    have the same return: since the KL is part of the return, only at the maximum of J.
+    is π_new ∝ π · exp(return / temperature). It equals π only if all responses to a prompt have
+    the same return; as returns include the KL, that is so only at the maximum of J.
     """
     num_kept = math.ceil(top_fraction * len(returns))
     lowest = returns.topk(num_kept).values[-1]
@@ -385,8 +385,8 @@ def rwr_weights(returns, temperature, top_fraction):
 
 # ---------------------------------------------------------------------------- Training
 def save(path, contents):
-    """Write a file whole or not at all. Returns None, or an error message."""
-    path = Path(path).resolve()  # if path is a link, its target
+    """Write a file atomically. Returns None, or an error message."""
+    path = Path(path).resolve()  # write through a link, do not replace it
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         torch.save(contents, part)
@@ -425,7 +425,7 @@ def main(args):
     print(f"{run_name}: {sum(p.numel() for p in parameters):,} parameters on {device}")
     writer = None
     if args.tensorboard:
-        os.makedirs(f"runs/{run_name}")  # new: no two runs share a folder
+        os.makedirs(f"runs/{run_name}")  # fails if the folder exists: no two runs share one
         writer = SummaryWriter(f"runs/{run_name}")
         lines = [f"|{flag}|{value}|" for flag, value in asdict(args).items()]
         writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *lines]))
@@ -452,7 +452,7 @@ def main(args):
         if args.reward == "process":
             token_scores = process_reward(train_targets[rows], responses)  # (B, R)
             scores = token_scores.sum(1)
-        # The one gradient step is at this same policy, so the update uses this forward pass.
+        # There is only one gradient step, so the update can reuse this forward pass.
         states = response_states(policy, prompts, responses)  # (B, R, D)
         logits = policy.head(states) / args.temperature
         logprobs = token_logprobs(logits, responses)
@@ -460,8 +460,8 @@ def main(args):
             ref_states = response_states(reference, prompts, responses)
             ref_logprobs = token_logprobs(reference.head(ref_states) / args.temperature, responses)
 
-        # 2. Advantages: the reward from each token on, minus a baseline. As long as the baseline
-        # does not depend on this token or later ones, the expected gradient stays the same.
+        # 2. Advantages: reward-to-go minus a baseline. As long as the baseline does not depend on
+        # this token or later ones, the expected gradient stays the same.
         kl = logprobs.detach() - ref_logprobs  # (B, R), an unbiased estimate of KL(π ‖ π_ref)
         if args.reward == "outcome":
             rewards = token_rewards(scores, kl, mask, args.kl_coef)
@@ -486,7 +486,7 @@ def main(args):
         if args.objective == "reinforce":
             pg_loss = reinforce_loss(logprobs, advantages, mask)
         else:
-            # Reward-weighted regression: SFT on the responses, better ones weigh more.
+            # Reward-weighted regression: SFT on the responses, weighted to better ones.
             weights = rwr_weights(returns[:, 0], args.rwr_temperature, args.rwr_top_fraction)
             pg_loss = -(weights * masked_sum(logprobs, mask)).sum()
         entropy = -(logits.softmax(2) * logits.log_softmax(2)).sum(2)  # (B, R)
@@ -533,9 +533,9 @@ def main(args):
             )
             recent_scores = []
             if writer:
-                writer.flush()  # so that a run that is killed keeps its curves
+                writer.flush()  # so that a killed run keeps its curves
 
-    # Evaluate on the held-out prompts and save; only then print, which a closed pipe makes fail.
+    # Evaluate on the held-out prompts. Save before printing: a closed pipe makes print fail.
     after = evaluate(policy, reference, test_prompts, test_targets, args.temperature)
     save_error = None
     if args.save_path is not None:
@@ -558,7 +558,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    # Print each line at once; where the output cannot show a character, print a question mark.
+    # Flush every line; print ? for characters that the output's encoding lacks.
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main(tyro.cli(Args, description=__doc__))

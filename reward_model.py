@@ -13,7 +13,7 @@ feedback, then take gradient steps on the loss for that kind of feedback. R is t
                   r tends to (R - ½)/τ, with no constant left free.
   demonstrations  y is written with probability ∝ π_ref(y|x) · exp(R(y) / τ): maximum-entropy
                   inverse RL (Ziebart et al. 2008) with π_ref as prior. Loss: cross-entropy of
-                  picking the demonstration among it and M samples (ranking NCE: Ma & Collins 2018,
+                  telling the demonstration from M samples (ranking NCE: Ma & Collins 2018,
                   arXiv:1809.01812). r tends to R/τ, plus any constant per prompt.
 
 Finally the scores are normalised to mean 0 and standard deviation 1 on the reference's responses.
@@ -59,13 +59,13 @@ class Args:
     save_path: Path | None = None  # file for the final weights and the flags
 
     # Feedback
-    sft_steps: int = 100  # supervised steps that make the reference; 0: random weights
+    sft_steps: int = 100  # SFT steps that train the reference; 0: random weights
     policy: Path | None = None  # judge responses of this saved policy, instead of the reference's
     learn_from: Literal["preferences", "labels", "demonstrations"] = "preferences"  # see above
     num_examples: int = 32_768  # preference pairs, labelled responses or demonstrations
     num_samples: int = 3  # policy samples that each demonstration is compared with
     annotator_temperature: float = 0.5  # τ: prefers A to B with probability σ((R(A) - R(B))/τ)
-    preferences: Path | None = None  # JSON lines of pairs; default: a simulated annotator's
+    preferences: Path | None = None  # JSON Lines of pairs; default: simulate an annotator
     annotate: int | None = None  # judge pairs yourself until --preferences has this many, then stop
 
     # Training
@@ -73,7 +73,7 @@ class Args:
     minibatch_size: int = 64  # examples per gradient step
     learning_rate: float = 1e-3  # peak learning rate; linear warmup over 10%, then linear decay
     max_grad_norm: float = 1.0  # maximum norm for gradient clipping
-    weight_decay: float = 1.0  # of AdamW; so strong that the annotator's noise is not memorised
+    weight_decay: float = 1.0  # of AdamW; high, so that the annotator's noise is not memorised
 
     # Ensemble
     ensemble_size: int = 1  # number of models, trained one after another; their mean is the score
@@ -85,13 +85,13 @@ def is_writable(folder):
 
 
 def fail(message):
-    """End the program with one line and status 2."""
+    """Print an error and exit with status 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def check_args(args):
-    """Exit with status 2 and one line if a flag's value makes no sense."""
+    """Exit with an error if a flag's value makes no sense."""
     runs = Path("runs") if os.path.lexists("runs") else Path(".")
     rules = [
         (args.device == "cpu" or torch.cuda.is_available(), "--device cuda: no GPU is available"),
@@ -113,20 +113,20 @@ def check_args(args):
         save_path = Path(args.save_path)
         writable = is_writable(save_path.parent)
         free = save_path.is_file() or not os.path.lexists(save_path)
-        rules.append((writable, f"--save-path {save_path}: no folder there that can be written to"))
-        rules.append((free, f"--save-path {save_path} exists and is not a file; name another"))
+        rules.append((writable, f"--save-path {save_path}: its folder is missing or not writable"))
+        rules.append((free, f"--save-path {save_path} exists and is not a file; choose another"))
     if args.annotate is not None:
         rules.append((args.annotate >= 1, f"--annotate {args.annotate} must be at least 1"))
         rules.append((args.preferences is not None, "--annotate needs --preferences FILE"))
 
     if args.preferences is not None and args.save_path is not None:
         same = save_path.resolve() == Path(args.preferences).resolve()
-        rules.append((not same, "--save-path would overwrite --preferences; name another file"))
+        rules.append((not same, "--save-path would overwrite --preferences; choose another file"))
     if args.policy is not None and args.save_path is not None:
         same = save_path.resolve() == Path(args.policy).resolve()
-        rules.append((not same, "--save-path would overwrite --policy; name another file"))
+        rules.append((not same, "--save-path would overwrite --policy; choose another file"))
 
-    # Flags that would not be read with the others.
+    # Reject flags that would have no effect.
     unread = []
     if args.policy is not None:
         unread += ["sft_steps"]
@@ -155,7 +155,7 @@ EOS = 10
 VOCAB = 11
 TARGET = 20
 RESPONSE_LENGTH = 3  # two digits and EOS
-INSTRUCTIONS = f"All five digits should sum to {TARGET}."  # for a person as annotator
+INSTRUCTIONS = f"All five digits should sum to {TARGET}."  # for a human annotator
 
 
 def make_prompts(device):
@@ -186,13 +186,13 @@ def make_demonstrations(prompts, targets):
 
 
 def reward(targets, responses):
-    """1 if the response is two digits with the target as their sum, and then EOS; else 0. (B,)"""
+    """1 if the response is two digits that sum to the target, then EOS; else 0. (B,)"""
     well_formed = (responses[:, :2] != EOS).all(1) & (responses[:, 2] == EOS)
     return (well_formed & (responses[:, :2].sum(1) == targets)).float()
 
 
 def parse_preference(line):
-    """Read {"prompt": "433", "chosen": "73", "rejected": "11"}, with "tie": true if it is one.
+    """Read {"prompt": "433", "chosen": "73", "rejected": "11"}; a tie also has "tie": true.
 
     Returns the tokens of prompt, chosen and rejected as lists, and tie as a bool. Raises
     ValueError with what is wrong with the line.
@@ -215,7 +215,7 @@ def parse_preference(line):
     prompt = [int(digit) for digit in preference["prompt"]]
     chosen = [int(digit) for digit in preference["chosen"]]
     rejected = [int(digit) for digit in preference["rejected"]]
-    chosen += [EOS] * (RESPONSE_LENGTH - len(chosen))  # three digits were truncated: no EOS
+    chosen += [EOS] * (RESPONSE_LENGTH - len(chosen))  # three digits: truncated, no EOS
     rejected += [EOS] * (RESPONSE_LENGTH - len(rejected))
     return prompt, chosen, rejected, tie
 
@@ -238,7 +238,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
-        nn.init.zeros_(self.proj.weight)  # so that at first a block adds a constant only
+        nn.init.zeros_(self.proj.weight)  # at first, a block adds only its biases
         nn.init.zeros_(self.down.weight)
 
     def forward(self, x):
@@ -274,16 +274,16 @@ class GPT(nn.Module):
 class RewardModel(nn.Module):
     """Prompts (B, P) and responses (B, R) to scores (B,), learned by reward_model.py.
 
-    The score is the mean of an ensemble of K members, minus uncertainty_coef times their standard
-    deviation (over K): a lower confidence bound, as in Coste et al. 2023 (arXiv:2310.02743), where
-    it is the variance. With a coefficient above 0, scores are a little random, since they depend on
-    a few responses sampled from the reference.
+    The score is the mean of an ensemble of K members, minus uncertainty_coef times their population
+    standard deviation: a lower confidence bound, like that of Coste et al. 2023 (arXiv:2310.02743),
+    who subtract the variance. With a coefficient above 0, scores are slightly random, since they
+    depend on a few responses sampled from the reference.
     """
 
     def __init__(self, ensemble_size, uncertainty_coef):
         super().__init__()
         self.members = nn.ModuleList([GPT(outputs=1) for _ in range(ensemble_size)])
-        self.reference = GPT()  # samples the responses from which the constants are estimated
+        self.reference = GPT()  # forward samples from it to remove each prompt's constant
         self.uncertainty_coef = uncertainty_coef
 
     def member_scores(self, prompts, responses):
@@ -321,7 +321,7 @@ def generate(policy, prompts, temperature):
 
 
 def get_scores(targets, responses):
-    """What reward returns, as float32 scores (B,). They must be one finite number per response."""
+    """Rewards as float32 scores (B,). Exits unless there is one finite number per response."""
     rewards = reward(targets, responses)
     try:
         scores = torch.as_tensor(rewards, dtype=torch.float32, device=responses.device).detach()
@@ -378,9 +378,9 @@ def sft(policy, prompts, responses, steps):
 
 
 def load_policy(path, device):
-    """Load the policy and the reference of a file that a script which trains policies has saved.
+    """Load policy and reference from a file saved by ppo.py, grpo.py, dpo.py or reinforce.py.
 
-    Anything else ends the program with one line.
+    Exits with an error on any other file.
     """
     policy = GPT().to(device).requires_grad_(False)
     reference = GPT().to(device).requires_grad_(False)
@@ -392,7 +392,7 @@ def load_policy(path, device):
             if not weight.isfinite().all():
                 raise ValueError
     except Exception as error:  # a file can be wrong in any number of ways
-        reason = f"not a file with a policy and its reference, or damaged ({type(error).__name__})"
+        reason = f"no policy and reference in it, or damaged ({type(error).__name__})"
         fail(f"--policy {path}: {reason}")
     return policy, reference
 
@@ -424,8 +424,8 @@ def read_preferences(path, test_prompts):
     """Read preference pairs from a file of JSON lines, in the layout of sample_preferences.
 
     Leaves out pairs of held-out prompts (so that the evaluation stays clean) and pairs of
-    identical responses that are not marked as ties, and prints their number. A bad line ends the
-    program.
+    identical responses that are not marked as ties, and prints their number. Exits on a
+    bad line.
     """
     held_out = {tuple(prompt) for prompt in test_prompts.tolist()}
     preferences = []
@@ -512,8 +512,8 @@ def sample_demonstrations(policy, reference, prompts, targets, annotator_tempera
     """For each prompt a demonstration, drawn from p ∝ π_ref · exp(R/τ), and M policy samples.
 
     Returns prompts (N, P), candidates (N, 1 + M, R) with the demonstration first, and
-    log_weights (N, 1 + M) = log π_ref - log π, which let samples of the policy stand for samples
-    of the reference. If the policy is the reference, they are 0.
+    log_weights (N, 1 + M) = log π_ref - log π: importance weights that correct for sampling from
+    the policy instead of the reference. If the policy is the reference, they are 0.
     """
     # Rejection sampling: as R ≤ 1, accept a sample of π_ref with probability exp((R - 1) / τ).
     demonstrations = torch.zeros(len(prompts), RESPONSE_LENGTH, dtype=torch.long)
@@ -545,7 +545,7 @@ def demonstration_loss(scores, log_weights):
     """Ranking NCE: -log of the probability that the first candidate is the demonstration.
 
     scores, log_weights: (N, 1 + M). The minimum is at R/τ for every M, because the softmax also
-    includes the demonstration. With the samples alone in it, the scores would grow too large.
+    includes the demonstration. With only samples there, the scores would grow too large.
     Returns the mean loss and the accuracy: how often the demonstration has a higher score than
     a sample.
     """
@@ -558,9 +558,9 @@ def demonstration_loss(scores, log_weights):
 def normalise(members, prompts, responses):
     """Shift and scale the scores to mean 0 and standard deviation 1 on these responses.
 
-    The shift changes no policy. In this unit a --kl-coef means roughly the same with every reward
-    model; the constants per prompt count in the deviation, too. The members share one scale, since
-    the scores of each tend to R/τ.
+    The shift does not change the optimal policy. In this unit a --kl-coef means roughly the same
+    for every reward model (roughly, as the constants per prompt add to the deviation). The members
+    share one scale, since the scores of each tend to R/τ.
     """
     scores = torch.stack([response_scores(gpt, prompts, responses) for gpt in members])  # (K, B)
     std = scores.mean(0).std(correction=0)
@@ -576,7 +576,7 @@ def evaluate_scores(reward_model, policy, prompts, targets, annotator_temperatur
     """Compare scores with the annotator and with the true reward, on 16 sampled pairs per prompt.
 
     accuracy: how often the annotator prefers the response with the higher score, with its standard
-    error, as if every pair had a prompt of its own. bayes_accuracy: the same for the true reward;
+    error (treating the pairs as independent). bayes_accuracy: the same for the true reward;
     no scores can do better. Neither counts pairs of identical responses. correlation: of scores and
     true rewards. deviation: standard deviation of the ensemble's margins (score differences of a
     pair).
@@ -622,7 +622,7 @@ def evaluate_scores(reward_model, policy, prompts, targets, annotator_temperatur
     }
 
 
-# ---------------------------------------------------------------------------- A person as annotator
+# ---------------------------------------------------------------------------- Human annotator
 def shown(response):
     """A response as the person sees it. One that was truncated ends in dots."""
     if EOS not in response:
@@ -681,8 +681,8 @@ def annotate(policy, prompts, path, number):
 
 # ---------------------------------------------------------------------------- Training
 def save(path, contents):
-    """Write a file whole or not at all. Returns None, or an error message."""
-    path = Path(path).resolve()  # if path is a link, its target
+    """Write a file atomically. Returns None, or an error message."""
+    path = Path(path).resolve()  # write through a link, do not replace it
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         torch.save(contents, part)
@@ -704,7 +704,7 @@ def main(args):
 
     # Reference, and the policy whose responses are judged.
     train_prompts, train_targets, test_prompts, test_targets = make_prompts(device)
-    # The file first: if a line is wrong, that should be said before the work begins.
+    # Read the file before the SFT, so that a bad line is reported at once.
     if args.preferences is not None and args.annotate is None:
         preferences = read_preferences(args.preferences, test_prompts)
     if args.policy is not None:
@@ -736,7 +736,7 @@ def main(args):
         )
     num_examples = len(examples[0])
     if num_examples == 0:
-        fail("all sampled pairs were of identical responses")
+        fail("every sampled pair was two identical responses")
 
     reward_model = RewardModel(args.ensemble_size, args.uncertainty_coef).to(device)
     reward_model.reference.load_state_dict(reference.state_dict())
@@ -745,7 +745,7 @@ def main(args):
     print(f"{run_name}: {num_parameters:,} parameters on {device}, {num_examples:,} examples")
     writer = None
     if args.tensorboard:
-        os.makedirs(f"runs/{run_name}")  # new: no two runs share a folder
+        os.makedirs(f"runs/{run_name}")  # fails if the folder exists: no two runs share one
         writer = SummaryWriter(f"runs/{run_name}")
         lines = [f"|{flag}|{value}|" for flag, value in asdict(args).items()]
         writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *lines]))
@@ -830,15 +830,15 @@ def main(args):
                         writer.add_scalar(f"losses/{name}", means[name], examples_seen)
                     writer.add_scalar("charts/learning_rate", learning_rate, examples_seen)
                     writer.add_scalar("charts/examples_per_second", speed, examples_seen)
-                    writer.flush()  # so that a run that is killed keeps its curves
+                    writer.flush()  # so that a killed run keeps its curves
                 print(
                     f"example {examples_seen:7d}  loss {means['loss']:.3f}  "
                     f"accuracy {means['accuracy']:.3f}  "
                     f"{speed:,.1f} examples/s  {seconds_left:.0f} s left"
                 )
 
-    # Normalise on the reference's samples, evaluate on the held-out prompts and save; only then
-    # print, which a closed pipe makes fail.
+    # Normalise on the reference's samples, evaluate on the held-out prompts. Save before printing:
+    # a closed pipe makes print fail.
     reward_model.requires_grad_(False)
     rows = torch.randint(len(train_prompts), (1024,), device=device)
     responses = generate(reference, train_prompts[rows], 1.0)
@@ -870,7 +870,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    # Print each line at once; where the output cannot show a character, print a question mark.
+    # Flush every line; print ? for characters that the output's encoding lacks.
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main(tyro.cli(Args, description=__doc__))
