@@ -81,7 +81,7 @@ class Args:
 
     # PPO
     kl_coef: float = 3.0  # β: price of a nat of KL(policy ‖ reference), in units of reward
-    kl_target: float | None = 4.0  # adapt β to hold this KL, in nats per response; None: don't
+    kl_target: float | None = 4.0  # adapt β to hold this KL, in nats per response; None: fixed β
     kl_horizon: int = 500  # episodes in which the adaptive β can change by about 20%
     gamma: float = 1.0  # discount per token; usually 1, since the score is paid at the end
     gae_lambda: float = 0.95  # GAE λ: 1 = Monte Carlo returns (unbiased), 0 = one-step TD
