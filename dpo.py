@@ -375,8 +375,7 @@ def read_preferences(path, test_prompts):
     """Read preference pairs from a file of JSON lines, in the layout of sample_preferences.
 
     Leaves out pairs of held-out prompts (so that the evaluation stays clean) and pairs of
-    identical responses that are not marked as ties, and prints their number. Exits on a
-    bad line.
+    identical responses that are not marked as ties, and prints their number. Exits on a bad line.
     """
     held_out = {tuple(prompt) for prompt in test_prompts.tolist()}
     preferences = []

@@ -323,13 +323,13 @@ def main():
     parser.add_argument("path", type=Path, help="file saved by a script's --save-path")
     parser.add_argument("--map", type=Path, help="draw the policy before and after to this file")
     args = parser.parse_args()
-    saved = torch.load(args.path, map_location="cpu", weights_only=True)
-    if args.map is not None and "policy" not in saved:
-        parser.error("--map draws policies, and this file holds a reward model")
+    if args.map is not None:
+        saved = torch.load(args.path, map_location="cpu", weights_only=True)
+        if "policy" not in saved:
+            parser.error("--map draws policies, and this file holds a reward model")
+        draw_policy(saved, args.map)
     for name, value in evaluate_file(args.path).items():
         print(f"{name.replace('_', ' '):20s} {value:8.4f}")
-    if args.map is not None:
-        draw_policy(saved, args.map)
 
 
 if __name__ == "__main__":

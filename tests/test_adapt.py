@@ -162,7 +162,7 @@ def make_dpo():
     return make_other("dpo.py", "dpo.py, on pairs of texts", ["- Model\n", "@@ generate"])
 
 
-GRPO_FLAGS = {
+PPO_FLAGS = {
     "tensorboard": False,
     "sft_steps": 0,
     "learning_rate": 3e-3,
@@ -170,9 +170,9 @@ GRPO_FLAGS = {
     "num_minibatches": 4,
     "update_epochs": 1,
     "total_episodes": 32 * 30,
-    "group_size": 8,
     "kl_coef": 0.01,
 }
+GRPO_FLAGS = PPO_FLAGS | {"group_size": 8}
 
 
 def alone(model, prompt, response, pad):
@@ -297,17 +297,14 @@ def test_the_check_of_the_logits_sees_a_wrong_model(folder, monkeypatch):
 
 def test_ppo_learns_on_a_hugging_face_model(folder, monkeypatch):
     script = make_ppo()
-    rates = []
-    step = torch.optim.AdamW.step
-
-    def spy(optimizer):
-        rates.append([group["lr"] for group in optimizer.param_groups])
-        return step(optimizer)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
-    flags = GRPO_FLAGS | {"gae_lambda": 1.0}
-    del flags["group_size"]
-    result = script.main(script.Args(**flags))
+    steps = programs.spy(
+        monkeypatch,
+        torch.optim.AdamW,
+        "step",
+        before=lambda optimizer: [group["lr"] for group in optimizer.param_groups],
+    )
+    result = script.main(script.Args(**PPO_FLAGS | {"gae_lambda": 1.0}))
+    rates = [noted for _, _, noted in steps]
     assert len(rates) == 30 and all(critic == 10 * policy for policy, critic in rates)
     assert max(policy for policy, _ in rates) == 3e-3
     assert result["success"] > result["success_before"] + 0.2
@@ -331,9 +328,8 @@ def test_a_reward_model_is_learned_and_maximised_on_hugging_face_models(folder, 
     )
     script = make_ppo()
     curves = programs.record_curves(monkeypatch, script)
-    flags = GRPO_FLAGS | {"tensorboard": True, "reward_model": path, "total_episodes": 32 * 40}
-    del flags["group_size"]
-    script.main(script.Args(**flags))
+    flags = {"tensorboard": True, "reward_model": path, "total_episodes": 32 * 40}
+    script.main(script.Args(**PPO_FLAGS | flags))
     scores = programs.values(curves["charts/true_score"])
     assert sum(scores[-5:]) / 5 > sum(scores[:5]) / 5 + 0.2
 
