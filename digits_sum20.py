@@ -18,7 +18,7 @@ held-out accuracy after 10,000 epochs, a mean over ten seeds.
     rl-distance        74%  reward for near misses too: learns early, but settles for near misses
     rl-sharp           95%  a reward that falls steeply with the distance does not settle
     sl-then-rl         94%  10% of the epochs SL, then rl-sharp: starts where rewards are common
-    rl-improved       100%  quadratic reward, leave-one-out baseline, decay to 0: no labels needed
+    rl-improved       100%  quadratic reward, leave-one-out baseline, learning rate decays to 0
     sl-then-improved   99%  10% of the epochs SL, then rl-improved
     joint              99%  rl-improved plus an SL loss whose weight decays to 0
 
@@ -207,7 +207,7 @@ def check_args(args):
     writable = os.path.isdir(runs) and os.access(runs, os.W_OK)
     rules = [
         (not args.tensorboard or writable, "runs/ is not writable; use --no-tensorboard"),
-        (0 <= args.seed < 2**63, f"--seed {args.seed} must be 0 or more"),
+        (0 <= args.seed < 2**63, f"--seed {args.seed} must be in [0, 2**63)"),
         (args.num_seeds >= 1, f"--num-seeds {args.num_seeds} must be at least 1"),
         (args.epochs >= 1, f"--epochs {args.epochs} must be at least 1"),
         (args.hidden_dim >= 1, f"--hidden-dim {args.hidden_dim} must be at least 1"),
@@ -275,16 +275,16 @@ def answer_sums(prompts):
 def shaped_reward(sums, kind):
     """The reward of answers with these sums of five digits. Any shape.
 
-    distance from 20   0     1     2     5     10     16
+    distance from 20   0     1     2     5     10     18
     exact              1     0     0     0     0      0
     distance           1     0.9   0.8   0.5   0      0
     sharp              1     0.61  0.37  0.08  0.007  0.000
-    square             1     0.99  0.96  0.75  0      -1.56
+    square             1     0.99  0.96  0.75  0      -2.24
 
     Why square generalises best: with an entropy bonus c the optimal policy is π ∝ exp(reward / c).
-    If s is the sum of the prompt and d that of the answer, the square is
+    If s is the sum of the prompt and d that of the answer, the squared distance is
     (s - 20)² + 2·(s - 20)·d + d². The first term is the same for all answers, so it drops out of π.
-    What is left is linear in s: the easiest function there is to carry over to new prompts.
+    What is left is linear in s, and a linear function is the easiest to extend to new prompts.
     """
     distance = (sums - TARGET).abs()
     if kind == "exact":
@@ -308,11 +308,13 @@ def make_model(hidden_dim):
 
 
 # ---------------------------------------------------------------------------- SL and RL
-# The post trains on 4,504 examples: one for every correct answer to every training prompt. Examples
-# of one prompt have the same logits, so 729 prompts with weights give the same loss in a sixth of
-# the time.
 def sl_loss(logprobs, correct):
-    """Cross-entropy, averaged over all correct answers to all prompts. Both inputs (N, A)."""
+    """Cross-entropy, averaged over all correct answers to all prompts. Both inputs (N, A).
+
+    The post trains on 4,504 examples: one for every correct answer to every training prompt. The
+    examples of a prompt have the same logits, so one row per prompt gives the same loss in a sixth
+    of the time.
+    """
     return -(logprobs * correct).sum() / correct.sum()
 
 
@@ -320,7 +322,8 @@ def sample_weights(correct, samples_per_prompt):
     """The weight of each sample in the mean over all samples. correct: (N, A); returns (N, M).
 
     With samples_per_prompt = 0 a prompt has as many samples as correct answers, as in the post. M
-    is then the largest such number, and the surplus samples of the other prompts get weight 0.
+    is then the largest such number, and the surplus samples of the other prompts get weight 0: with
+    2 and 3 correct answers, the weights are [[1, 1, 0], [1, 1, 1]] / 5.
     """
     counts = correct.sum(1, keepdim=True)  # (N, 1)
     if samples_per_prompt > 0:
@@ -332,7 +335,7 @@ def sample_weights(correct, samples_per_prompt):
 def leave_one_out(rewards):
     """Rewards minus the mean reward of the prompt's other samples. (N, M) to (N, M)
 
-    Less noise than the rewards themselves, and the same expected gradient.
+    The gradient has less noise than with the rewards themselves, and the same expectation.
     """
     num_others = rewards.shape[1] - 1
     mean_of_others = (rewards.sum(1, keepdim=True) - rewards) / num_others
@@ -457,7 +460,7 @@ def train(args, folder, verbose):
     if args.sft_fraction is not None:
         sft_epochs = round(args.sft_fraction * args.epochs)
         pretrain(model, inputs, correct, sft_epochs)
-    # Not AdamW: in the post weight decay is part of the gradient. Fused is the same, only faster.
+    # Not AdamW: in the post weight decay is part of the gradient. fused=True only makes it faster.
     optimizer = torch.optim.Adam(model.parameters(), weight_decay=args.weight_decay, fused=True)
 
     log_every = max(1, args.epochs // 100)
@@ -567,8 +570,8 @@ def main(args):
         writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *lines]))
         writer.close()
 
-    # Runs share the cores if this file is the main program. A spawned worker imports the main
-    # program first, so if that is another file, train here, one run after another.
+    # In parallel only if this file is the main program: a spawned worker first imports the main
+    # program, and another one might start everything again.
     if len(jobs) > 1 and __name__ == "__main__":
         outcomes = train_in_parallel(jobs, folders)
     else:
@@ -602,7 +605,8 @@ def main(args):
 
 if __name__ == "__main__":
     # Flush every line; print ? for characters that the output's encoding lacks.
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main(tyro.cli(Args, description=__doc__))
     except (FloatingPointError, OSError) as error:  # a loss not finite, a full disk, a closed pipe

@@ -8,7 +8,7 @@ pairs in random order. Later rounds add new pairs, sampled from the current poli
 DPO: Rafailov et al. 2023 (arXiv:2305.18290). Rounds (iterative DPO): Xu et al. 2023
 (arXiv:2312.16682); with new pairs at every step: Guo et al. 2024 (arXiv:2402.04792).
 
-If A is preferred to B with probability σ((R(A) - R(B)) / τ), the optimum is
+If A is preferred to B with probability σ((R(A) - R(B)) / τ), the minimum of L is at
 π* ∝ π_ref · exp(R / (τβ)), which also maximises E[R] - τβ · KL(π ‖ π_ref). This holds for the
 sigmoid loss without label smoothing or length normalisation.
 
@@ -90,7 +90,7 @@ def check_args(args):
     rules = [
         (args.device == "cpu" or torch.cuda.is_available(), "--device cuda: no GPU is available"),
         (not args.tensorboard or is_writable(runs), "runs/ is not writable; use --no-tensorboard"),
-        (0 <= args.seed < 2**63, f"--seed {args.seed} must be 0 or more"),
+        (0 <= args.seed < 2**63, f"--seed {args.seed} must be in [0, 2**63)"),
         (args.sft_steps >= 0, f"--sft-steps {args.sft_steps} must be 0 or more"),
         (args.epochs >= 1, f"--epochs {args.epochs} must be at least 1"),
         (args.minibatch_size >= 1, f"--minibatch-size {args.minibatch_size} must be at least 1"),
@@ -122,7 +122,8 @@ def check_args(args):
             unused = getattr(args, flag) == getattr(Args, flag)
             rules.append((unused, f"--{flag.replace('_', '-')} has no effect with --preferences"))
     elif args.loss_type == "robust" and 1e-6 < args.annotator_temperature < 1e6:
-        # Beyond the annotator's own error rate, σ(-1/τ), the expected loss has no minimum.
+        # Beyond the annotator's own error rate, σ(-1/τ), the expected loss has no minimum. (The 1
+        # is the largest difference of two rewards.)
         # (The sigmoid, written so that it cannot overflow.)
         error_rate = 0.5 - 0.5 * math.tanh(0.5 / args.annotator_temperature)
         valid = smoothing < error_rate
@@ -283,7 +284,7 @@ def get_scores(targets, responses):
 def response_mask(responses):
     """True up to and including the first EOS: stopping is learned, padding is ignored. (B, R)"""
     is_eos = (responses == EOS).long()
-    return is_eos.cumsum(1) - is_eos == 0
+    return (is_eos.cumsum(1) - is_eos) == 0  # no EOS before this token
 
 
 def response_states(gpt, prompts, responses):
@@ -425,14 +426,14 @@ def pair_logprobs(gpt, prompts, chosen, rejected, length_normalize):
 
 
 @torch.no_grad()
-def reference_logprobs(reference, prompts, chosen, rejected, length_normalize):
+def reference_logprobs(reference, prompts, chosen, rejected, length_normalize, minibatch_size):
     """pair_logprobs of the reference for all pairs, both (N,). They never change.
 
     Computed in minibatches, so that the logits of a whole data set need not fit in memory.
     """
     chosen_logprobs = []
     rejected_logprobs = []
-    for rows in torch.arange(len(prompts), device=prompts.device).split(256):
+    for rows in torch.arange(len(prompts), device=prompts.device).split(minibatch_size):
         logprobs = pair_logprobs(
             reference, prompts[rows], chosen[rows], rejected[rows], length_normalize
         )
@@ -444,9 +445,11 @@ def reference_logprobs(reference, prompts, chosen, rejected, length_normalize):
 def pair_loss(h, beta, loss_type):
     """Pair losses (B,). h (B,): how much more than the reference the policy prefers w to l.
 
-    sigmoid: arXiv:2305.18290, eq. 7. ipo: arXiv:2310.12036, eq. 17; h tends to 1/(2β) and not to
-    infinity if a pair is always judged alike. hinge: SLiC (arXiv:2305.10425) on log-ratios, as in
-    arXiv:2309.06657; no gradient once β·h > 1.
+    sigmoid: arXiv:2305.18290, eq. 7.
+    ipo:     arXiv:2310.12036, eq. 17; h tends to 1/(2β), not to infinity, if a pair is always
+             judged alike.
+    hinge:   SLiC-HF (arXiv:2305.10425) on log-ratios, as in arXiv:2309.06657; no gradient once
+             β·h > 1.
     """
     if loss_type == "ipo":
         return (h - 1 / (2 * beta)) ** 2
@@ -552,7 +555,7 @@ def main(args):
         if len(prompts) == 0:
             fail(f"round {round_number}: every sampled pair was two identical responses")
         ref_chosen_logprobs, ref_rejected_logprobs = reference_logprobs(
-            reference, prompts, chosen, rejected, args.length_normalize
+            reference, prompts, chosen, rejected, args.length_normalize, args.minibatch_size
         )
 
         # 2. Update: several epochs of minibatch steps over all pairs so far.
@@ -641,7 +644,8 @@ def main(args):
 
 if __name__ == "__main__":
     # Flush every line; print ? for characters that the output's encoding lacks.
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main(tyro.cli(Args, description=__doc__))
     except OSError as error:  # a full disk, a closed pipe

@@ -67,7 +67,7 @@ class Args:
     eval_samples: int = 256  # responses sampled for each evaluation
 
     # Training
-    total_episodes: int = 2_560  # total number of sampled responses
+    total_episodes: int = 2_560  # sampled responses, rounded down to whole rollouts
     batch_size: int = 64  # responses per rollout
     update_epochs: int = 4  # passes over each rollout
     num_minibatches: int = 4  # gradient steps per pass
@@ -75,16 +75,16 @@ class Args:
     learning_rate: float | None = None  # peak; default 3e-4, for a loaded model 3.2e-4/sqrt(width)
     max_grad_norm: float = 1.0  # maximum norm for gradient clipping
     response_length: int = 20  # maximum number of response tokens
-    temperature: float = 1.0  # sampling temperature; also used for log-probabilities
+    temperature: float = 1.0  # divides all logits, of the policy and the reference
     top_k: int = 0  # sample from the k likeliest tokens; 0 = from all
     top_p: float = 1.0  # nucleus sampling: fewest tokens whose probability reaches this
 
     # PPO
-    kl_coef: float = 3.0  # β: price of a nat of KL(policy ‖ reference), in units of reward
+    kl_coef: float = 3.0  # β at the start: price of a nat of KL(policy ‖ reference)
     kl_target: float | None = 4.0  # adapt β to hold this KL, in nats per response; None: fixed β
     kl_horizon: int = 500  # episodes in which the adaptive β can change by about 20%
     gamma: float = 1.0  # discount per token; usually 1, since the score is paid at the end
-    gae_lambda: float = 0.95  # GAE λ: 1 = Monte Carlo returns (unbiased), 0 = one-step TD
+    gae_lambda: float = 0.95  # GAE λ: 0 = one-step TD, 1 = Monte Carlo (for long responses)
     clip_coef: float = 0.2  # ε: clipping range of the probability ratio π/π_old
     value_clip: float = 1.0  # clipping range of value updates, in units of the (scaled) returns
     vf_coef: float = 0.02  # weight of the value loss
@@ -94,13 +94,13 @@ class Args:
     whiten_rewards: bool = True  # divide rewards by their standard deviation; the mean stays
     normalize_advantages: bool = True  # whiten advantages over each rollout
     advantage_clip: float | None = None  # clip advantages to ± this, after any whitening
-    target_kl: float | None = None  # skip a rollout's remaining epochs once approx_kl exceeds this
+    target_kl: float | None = None  # end a rollout's epochs once approx_kl exceeds this per token
 
     def __post_init__(self):
         for name in ["save_dir", "resume", "prompts", "lexicon", "reward_model"]:
             value = getattr(self, name)
             if value is not None:
-                setattr(self, name, Path(value))  # a caller or a checkpoint may give text
+                setattr(self, name, Path(value))  # may be a str, as in a checkpoint
 
 
 def fail(message):
@@ -110,7 +110,7 @@ def fail(message):
 
 
 def one_line(error):
-    """What an exception says, on one line."""
+    """The message of an exception, on one line."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
@@ -141,7 +141,7 @@ def check_args(args):
             resume is None or (resume / "checkpoint.pt").is_file(),
             f"--resume {resume}: no checkpoint.pt there; --checkpoint-every writes it",
         ),
-        (0 <= args.seed < 2**63, f"--seed {args.seed} must be 0 or more"),
+        (0 <= args.seed < 2**63, f"--seed {args.seed} must be in [0, 2**63)"),
         (args.pretrain_steps >= 0, f"--pretrain-steps {args.pretrain_steps} must be 0 or more"),
         (args.eval_samples >= 2, f"--eval-samples {args.eval_samples} must be at least 2"),
         (args.batch_size >= 1, f"--batch-size {args.batch_size} must be at least 1"),
@@ -321,7 +321,8 @@ def read_lines(path, flag):
 def read_prompts(path):
     """Prompts to train on and held-out prompts: lists of texts, from the file or the grammar.
 
-    With fewer than five lines none is held out; grammar openings are used instead.
+    With fewer than five lines none is held out; grammar openings are used instead. Held out means
+    from PPO: the embedded model was pretrained on all openings of the grammar.
     """
     others = sorted(set(OPENINGS) - set(TUTORIAL_PROMPTS))
     random.Random(20).shuffle(others)
@@ -356,7 +357,7 @@ def split_words(text):
 
 
 def sentiment_reward(response, lexicon):
-    """Sum of the weights of the response's words, at least 0.1."""
+    """Sum of the weights of the response's words, but at least 0.1, as in the tutorial."""
     return max(0.1, sum(lexicon.get(word, 0) for word in split_words(response)))
 
 
@@ -446,8 +447,9 @@ class KVCache:
 
     def __init__(self, size):
         self.capacity = size  # room for this many tokens
-        self.length = 0
         self.layers = {}
+        # GPT2.forward updates these two after the last layer.
+        self.length = 0
         self.mask = None  # (B, length), false at padding
 
     def append(self, layer, k, v):
@@ -528,7 +530,7 @@ class GPT2(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
 
     def forward(self, tokens, cache=None):
-        """Padding may stand on either side. With a cache, tokens follow those read before."""
+        """PAD tokens are not attended to. With a cache, tokens follow those read before."""
         mask = tokens != PAD
         past = 0
         if cache is not None:
@@ -632,7 +634,7 @@ def embedded_gpt2(sentences):
 
 
 def pretrain_gpt2(policy, tokenizer, sentences, steps):
-    """Maximise the likelihood of the sentences, each between BOS and EOS, which are the same."""
+    """Maximise the likelihood of the sentences, each after BOS and before EOS (the same token)."""
     eos = policy.config.eos_token_id
     device = policy.wte.weight.device
     rows = [[eos, *encoding.ids, eos] for encoding in tokenizer.encode_batch(sentences)]
@@ -717,9 +719,9 @@ def restrict(logits, allowed):
 def generate_texts(policy, prompts, noise, temperature, top_k, top_p):
     """Sample responses (B, R). Each ends at its first EOS and is padded with EOS.
 
-    noise (B, R), uniform on [0, 1), selects each token by inverse transform sampling. So a response
-    depends neither on the other rows nor on how many processes there are. Also returns the tokens
-    that were allowed at each step (B, R, V), or None for all.
+    noise (B, R) is uniform on [0, 1). Each token is the first whose cumulative probability exceeds
+    its noise, so a response depends neither on the other rows nor on the number of processes. Also
+    returns the tokens that were allowed at each step (B, R, V), or None for all.
     """
     eos = policy.config.eos_token_id
     cache = KVCache(prompts.shape[1] + noise.shape[1])
@@ -747,7 +749,7 @@ def generate_texts(policy, prompts, noise, temperature, top_k, top_p):
 def mask_to_eos(responses, eos):
     """True up to and including the first EOS: stopping is learned, padding is ignored. (B, R)"""
     is_eos = (responses == eos).long()
-    return is_eos.cumsum(1) - is_eos == 0
+    return (is_eos.cumsum(1) - is_eos) == 0  # no EOS before this token
 
 
 def response_states(gpt, prompts, responses):
@@ -947,9 +949,9 @@ def token_rewards(scores, kl, mask, kl_coef):
 def scale_rewards(rewards, mask):
     """Divide rewards (B, R) by the population standard deviation of the rollout's token rewards.
 
-    The mean is not subtracted: that would add a constant per token and so favour some lengths. But
-    as the scores spread (deviation from 2 to 9 in the default run), the same score gives a smaller
-    return, and the critic's values are too large until it has caught up.
+    The mean is not subtracted: that would add a constant per token and so favour some lengths. The
+    deviation is that of one rollout. In the default run it grows from 2 to 9, so a score of 10 is
+    worth less and less, and the critic's values are too large until the critic has caught up.
     """
     mean = masked_mean(rewards, mask)
     std = masked_mean((rewards - mean) ** 2, mask).sqrt()
@@ -976,9 +978,9 @@ def compute_gae(rewards, values, mask, gamma, gae_lambda):
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip_coef):
     """Clipped surrogate objective (Schulman et al. 2017, eq. 7), negated. All inputs (B, R).
 
-    Summed over tokens, averaged over responses: at π = π_old, and with unbiased advantages (γ = 1;
-    λ = 1 or an exact critic; no whitening or clipping), its expected gradient is that of -J. A
-    mean over the tokens of each response would give the tokens of short responses more weight.
+    Summed over tokens, averaged over responses. At π = π_old its expected gradient is that of -J if
+    the advantages are unbiased: γ = 1; λ = 1 or an exact critic; no whitening, no clipping. A mean
+    over the tokens of each response would give the tokens of short responses more weight.
     """
     logratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     ratio = logratio.exp()
@@ -1319,7 +1321,7 @@ def main(args):
         recent_scores = state["recent_scores"]
         first_rollout = state["rollout"] + 1
 
-    # Responses before training, to compare with.
+    # Responses before training, to compare with: the reference's, also after --resume.
     evaluation_inputs = [tokenizer, reward_model, lexicon, args]
     train_before = evaluate_texts(reference, reference, train_prompts, *evaluation_inputs)
     test_before = evaluate_texts(reference, reference, test_prompts, *evaluation_inputs)
@@ -1355,14 +1357,14 @@ def main(args):
         decay = (num_rollouts - rollout + 1) / (num_rollouts - warmup + 1)
         learning_rate = args.learning_rate * min(rollout / warmup, decay)
         optimizer.param_groups[0]["lr"] = learning_rate
-        # The value head starts at zero, so it must learn faster.
+        # The value head is new, while the policy is pretrained: it must learn faster.
         optimizer.param_groups[1]["lr"] = 10 * learning_rate
 
         # 1. Rollout: sample a batch of responses and score their texts.
-        rows = torch.randint(len(train_prompts), (args.batch_size,))
+        prompt_rows = torch.randint(len(train_prompts), (args.batch_size,))
         # The random numbers that select the tokens, the same however many processes share the work.
         noise = torch.rand(args.batch_size, args.response_length, dtype=torch.float64)
-        prompts = train_prompts[rows]  # (B, P)
+        prompts = train_prompts[prompt_rows]  # (B, P)
         responses, old_logprobs, ref_logprobs, old_values, allowed = sample_rollout(
             policy, critic, reference, prompts, noise.to(device), args
         )  # (B, R)
@@ -1457,7 +1459,7 @@ def main(args):
             writer.add_scalar("losses/ratio_first", steps[0]["ratio"], episodes)  # about 1
             error_variance = (returns - old_values)[mask].var(correction=0)
             variance = returns[mask].var(correction=0).clamp(min=1e-8)
-            explained = 1 - error_variance / variance
+            explained = 1 - error_variance / variance  # the returns contain the values if λ < 1
             writer.add_scalar("losses/explained_variance", explained, episodes)
             samples = [prompt_texts[i] + texts[i] for i in range(min(4, len(texts)))]
             writer.add_text("texts", "\n\n".join(samples), episodes)
@@ -1540,7 +1542,7 @@ def main(args):
         print("\n" + "\n\n".join([*examples, *endings[:1]]))
         print(f"{endings[1]}  {time.time() - start_time:.1f} s", flush=True)
     if processes > 1:
-        # No process leaves while another works. A barrier would hold the tensors of the last
+        # Wait for the other processes. A barrier would hold the tensors of the last
         # all_gather, and gloo can hang where a thread frees such tensors while the group ends.
         finished = torch.zeros(1, device=device)
         dist.all_reduce(finished)
@@ -1552,7 +1554,8 @@ def main(args):
 
 if __name__ == "__main__":
     # Flush every line; print ? for characters that the output's encoding lacks.
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     rank, _ = rank_and_processes()
     try:
         main(tyro.cli(Args, description=__doc__, console_outputs=rank == 0))

@@ -4,14 +4,20 @@
 
 Repeat: sample a group of responses to each prompt; the advantage of every token is its response's
 score minus the group's mean; take a few gradient steps on the clipped probability ratio π/π_old,
-with the KL to the reference as a loss term.
+with the KL to the reference as a loss term (see kl_penalty for what its gradient lacks).
 
-GRPO: Shao et al. 2024 (arXiv:2402.03300). As published: `--scale-rewards group --kl-estimator k3`.
-Left out: process supervision, and iterative GRPO (new references and reward models).
-`--loss-type dr-grpo` and `dapo` adopt one part of each paper: how the loss averages over tokens.
-The full Dr. GRPO (arXiv:2503.20783) also sets `--scale-rewards none --kl-coef 0`; DAPO
-(arXiv:2503.14476) `--scale-rewards group --kl-coef 0 --clip-coef-high 0.28`. Left out of DAPO:
-dynamic sampling and the penalty for overlong responses.
+The defaults are simpler than the papers. The losses as published:
+
+  GRPO      --scale-rewards group --kl-estimator k3                         (arXiv:2402.03300)
+  Dr. GRPO  --loss-type dr-grpo --kl-coef 0                                 (arXiv:2503.20783)
+  DAPO      --loss-type dapo --scale-rewards group --kl-coef 0              (arXiv:2503.14476)
+            --clip-coef-high 0.28
+  GSPO      --loss-type gspo --scale-rewards group --kl-coef 0              (arXiv:2507.18071)
+            --clip-coef 3e-4 --clip-coef-high 4e-4
+  CISPO     --loss-type cispo --scale-rewards group --kl-coef 0             (arXiv:2506.13585)
+
+Left out: GRPO's process supervision, and its new references and reward models during training;
+DAPO's dynamic sampling and its penalty for overlong responses.
 
 The task: given three digits, write two more and EOS so that all five sum to 20. A small GPT is
 first trained on correct answers (SFT). A frozen copy of it is the reference; GRPO trains the
@@ -53,13 +59,13 @@ class Args:
     # Training
     sft_steps: int = 100  # SFT steps that train the reference; 0: random weights
     reward_model: Path | None = None  # maximise the score of a model saved by reward_model.py
-    total_episodes: int = 112_640  # total number of sampled responses
+    total_episodes: int = 112_640  # sampled responses, rounded down to whole rollouts
     batch_size: int = 512  # responses per rollout
     update_epochs: int = 2  # passes over each rollout
     num_minibatches: int = 4  # gradient steps per pass
     learning_rate: float = 7e-4  # peak learning rate; linear warmup over 10%, then linear decay
     max_grad_norm: float = 1.0  # maximum norm for gradient clipping
-    temperature: float = 1.0  # sampling temperature; also used for log-probabilities
+    temperature: float = 1.0  # divides all logits, of the policy and the reference
 
     # GRPO
     group_size: int = 4  # responses per prompt
@@ -87,7 +93,7 @@ def check_args(args):
     rules = [
         (args.device == "cpu" or torch.cuda.is_available(), "--device cuda: no GPU is available"),
         (not args.tensorboard or is_writable(runs), "runs/ is not writable; use --no-tensorboard"),
-        (0 <= args.seed < 2**63, f"--seed {args.seed} must be 0 or more"),
+        (0 <= args.seed < 2**63, f"--seed {args.seed} must be in [0, 2**63)"),
         (args.sft_steps >= 0, f"--sft-steps {args.sft_steps} must be 0 or more"),
         (args.batch_size >= 1, f"--batch-size {args.batch_size} must be at least 1"),
         (args.total_episodes >= args.batch_size, "--total-episodes must be at least --batch-size"),
@@ -294,7 +300,7 @@ def get_scores(targets, responses):
 def response_mask(responses):
     """True up to and including the first EOS: stopping is learned, padding is ignored. (B, R)"""
     is_eos = (responses == EOS).long()
-    return is_eos.cumsum(1) - is_eos == 0
+    return (is_eos.cumsum(1) - is_eos) == 0  # no EOS before this token
 
 
 def response_states(gpt, prompts, responses):
@@ -377,12 +383,13 @@ def group_advantages(scores, group_size, scale_rewards):
     """Score minus the mean score of the group. scores: (B,), groups adjacent; returns (B,).
 
     Then optionally divided by a population standard deviation of the scores:
-    none   (arXiv:2503.20783): the policy gradient, except that each score is part of its own
-           baseline: the expected gradient of the reward shrinks to (G-1)/G of the true one,
-           and β acts like β·G/(G-1). To undo this, multiply --kl-coef by (G-1)/G.
+    none   (arXiv:2503.20783): with --loss-type dr-grpo the policy gradient, except that each score
+           is part of its own baseline: the expected gradient of the reward shrinks to (G-1)/G of
+           the true one, and β acts like β·G/(G-1). To undo this, multiply --kl-coef by (G-1)/G.
     group  (arXiv:2402.03300): of the group. Raises the weight of prompts that are nearly always or
            nearly never solved, so training no longer aims at the maximum of J.
-    batch  (arXiv:2508.08221): of the batch. Scales all prompts alike: only β's effect changes.
+    batch  (arXiv:2508.08221): of the batch. Scales all prompts alike, but more and more as the
+           scores agree, so that β counts for less and less.
     """
     groups = scores.view(-1, group_size)
     # Subtract the group's lowest score first, so that equal scores give an advantage of exactly 0.
@@ -401,7 +408,7 @@ def token_weights(mask, loss_type):
 
     grpo, gspo:   mean over the tokens of each response, then over responses (arXiv:2402.03300,
                   eq. 3; arXiv:2507.18071, eq. 5). Tokens of short responses count more.
-    dr-grpo:      sum over tokens divided by the constant R (arXiv:2503.20783).
+    dr-grpo:      sum over tokens divided by the maximum length, R (arXiv:2503.20783).
     dapo, cispo:  mean over all tokens of the rollout (in arXiv:2503.14476, eq. 8, and
                   arXiv:2506.13585, eq. 4, of the group). All tokens count alike, as for dr-grpo.
     """
@@ -427,17 +434,14 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, weights, loss_type, clip
     logratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     token_ratio = logratio.exp()
     token_advantages = advantages[:, None].expand_as(logratio)
+    ratio = token_ratio
     if loss_type == "gspo":
         mean_logratio = logratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True)
         ratio = mean_logratio.exp().expand_as(logratio)
-        clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-        objective = torch.min(ratio * token_advantages, clipped * token_advantages)
-    elif loss_type == "cispo":
-        ratio = token_ratio
+    if loss_type == "cispo":
         clipped = ratio.clamp(max=1 + clip_high)
         objective = clipped.detach() * token_advantages * torch.where(mask, logprobs, 0.0)
     else:
-        ratio = token_ratio
         clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
         objective = torch.min(ratio * token_advantages, clipped * token_advantages)
     with torch.no_grad():
@@ -455,7 +459,7 @@ def kl_penalty(logprobs, old_logprobs, ref_logprobs, mask, kl_estimator):
     """KL(policy ‖ reference) at each token, for the loss, from the sampled tokens. (B, R)
 
     Let d = log π - log π_ref. Listed: each estimator and its expected gradient, token by token.
-    k1     d: its expected gradient is zero, so it is not offered.
+    k1     d: zero as long as π = π_old, and blind to π_ref ever after, so it is not offered.
     k2     d²/2: that of KL(π ‖ π_ref), as long as π = π_old.
     k3     exp(-d) - 1 + d: that of KL(π_ref ‖ π), the other direction, as long as π = π_old.
     k3-iw  k3 · π/π_old, importance-weighted: that of KL(π ‖ π_ref), also after π has moved
@@ -466,14 +470,14 @@ def kl_penalty(logprobs, old_logprobs, ref_logprobs, mask, kl_estimator):
     A per-token KL loss ignores a token's effect on later prefixes; charging k1 in the reward
     (ppo.py, reinforce.py) accounts for it.
     """
-    logratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     d = torch.where(mask, logprobs - ref_logprobs, 0.0)
     if kl_estimator == "k2":
         return d**2 / 2
     k3 = torch.exp(-d) - 1 + d
     if kl_estimator == "k3":
         return k3
-    return logratio.exp() * k3
+    ratio = torch.where(mask, logprobs - old_logprobs, 0.0).exp()
+    return ratio * k3
 
 
 # ---------------------------------------------------------------------------- Training
@@ -537,12 +541,12 @@ def main(args):
         optimizer.param_groups[0]["lr"] = learning_rate
 
         # 1. Rollout: sample a group of responses to each prompt and score them.
-        rows = torch.randint(len(train_prompts), (num_groups,), device=device)
-        rows = rows.repeat_interleave(args.group_size)  # (B,), groups adjacent
-        prompts = train_prompts[rows]  # (B, P)
+        prompt_rows = torch.randint(len(train_prompts), (num_groups,), device=device)
+        prompt_rows = prompt_rows.repeat_interleave(args.group_size)  # (B,), groups adjacent
+        prompts = train_prompts[prompt_rows]  # (B, P)
         responses = generate(policy, prompts, args.temperature)  # (B, R)
         mask = response_mask(responses)  # (B, R)
-        true_scores = get_scores(train_targets[rows], responses)  # (B,)
+        true_scores = get_scores(train_targets[prompt_rows], responses)  # (B,)
         scores = true_scores  # unless there is a reward model
         with torch.no_grad():
             if reward_model is not None:
@@ -593,11 +597,12 @@ def main(args):
                 metrics["grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()
 
-                entropy = -(logits.softmax(2) * logits.log_softmax(2)).sum(2)  # (B, R)
-                entropy = masked_sum(entropy, mask[rows]).mean()
+                with torch.no_grad():
+                    entropy = -(logits.softmax(2) * logits.log_softmax(2)).sum(2)  # (B, R)
+                    entropy = masked_sum(entropy, mask[rows]).mean()
                 metrics["policy_loss"] = pg_loss.detach()
                 metrics["kl_loss"] = kl_loss.detach()
-                metrics["entropy"] = entropy.detach()
+                metrics["entropy"] = entropy
                 steps.append(metrics)
 
         if not metrics["grad_norm"].isfinite():
@@ -657,7 +662,8 @@ def main(args):
 
 if __name__ == "__main__":
     # Flush every line; print ? for characters that the output's encoding lacks.
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main(tyro.cli(Args, description=__doc__))
     except OSError as error:  # a full disk, a closed pipe

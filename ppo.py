@@ -49,18 +49,18 @@ class Args:
     # Training
     sft_steps: int = 100  # SFT steps that train the reference; 0: random weights
     reward_model: Path | None = None  # maximise the score of a model saved by reward_model.py
-    total_episodes: int = 122_880  # total number of sampled responses
+    total_episodes: int = 122_880  # sampled responses, rounded down to whole rollouts
     batch_size: int = 256  # responses per rollout
     update_epochs: int = 2  # passes over each rollout
     num_minibatches: int = 2  # gradient steps per pass
     learning_rate: float = 7e-4  # peak learning rate; linear warmup over 10%, then linear decay
     max_grad_norm: float = 1.0  # maximum norm for gradient clipping
-    temperature: float = 1.0  # sampling temperature; also used for log-probabilities
+    temperature: float = 1.0  # divides all logits, of the policy and the reference
 
     # PPO
     kl_coef: float = 0.05  # β: price of a nat of KL(policy ‖ reference), in units of reward
     gamma: float = 1.0  # discount per token; usually 1, since the score is paid at the end
-    gae_lambda: float = 0.95  # GAE λ: 1 = Monte Carlo returns (unbiased), 0 = one-step TD
+    gae_lambda: float = 0.95  # GAE λ: 0 = one-step TD, 1 = Monte Carlo (for long responses)
     clip_coef: float = 0.2  # ε: clipping range of the probability ratio π/π_old
     dual_clip: float | None = None  # also bound the loss at dual_clip · |A| when A < 0; e.g. 3
     value_clip: float = 0.2  # clipping range of value updates, in units of reward
@@ -68,7 +68,7 @@ class Args:
     ent_coef: float = 0.0  # weight of the entropy bonus
     normalize_advantages: bool = False  # whiten advantages over each rollout
     advantage_clip: float | None = None  # clip advantages to ± this, after any whitening
-    target_kl: float | None = None  # skip a rollout's remaining epochs once approx_kl exceeds this
+    target_kl: float | None = None  # end a rollout's epochs once approx_kl exceeds this per token
 
 
 def is_writable(folder):
@@ -87,7 +87,7 @@ def check_args(args):
     rules = [
         (args.device == "cpu" or torch.cuda.is_available(), "--device cuda: no GPU is available"),
         (not args.tensorboard or is_writable(runs), "runs/ is not writable; use --no-tensorboard"),
-        (0 <= args.seed < 2**63, f"--seed {args.seed} must be 0 or more"),
+        (0 <= args.seed < 2**63, f"--seed {args.seed} must be in [0, 2**63)"),
         (args.sft_steps >= 0, f"--sft-steps {args.sft_steps} must be 0 or more"),
         (args.batch_size >= 1, f"--batch-size {args.batch_size} must be at least 1"),
         (args.total_episodes >= args.batch_size, "--total-episodes must be at least --batch-size"),
@@ -115,7 +115,8 @@ def check_args(args):
         rules.append((writable, f"--save-path {save_path}: its folder is missing or not writable"))
         rules.append((free, f"--save-path {save_path} exists and is not a file; choose another"))
     if args.dual_clip is not None:
-        rules.append((1 < args.dual_clip < 1e6, f"--dual-clip {args.dual_clip} must exceed 1"))
+        valid = 1 < args.dual_clip < 1e6
+        rules.append((valid, f"--dual-clip {args.dual_clip} must be in (1, 1e6)"))
     if args.advantage_clip is not None:
         valid = 0 < args.advantage_clip < 1e6
         rules.append((valid, f"--advantage-clip {args.advantage_clip} must be in (0, 1e6)"))
@@ -303,7 +304,7 @@ def get_scores(targets, responses):
 def response_mask(responses):
     """True up to and including the first EOS: stopping is learned, padding is ignored. (B, R)"""
     is_eos = (responses == EOS).long()
-    return is_eos.cumsum(1) - is_eos == 0
+    return (is_eos.cumsum(1) - is_eos) == 0  # no EOS before this token
 
 
 def response_states(gpt, prompts, responses):
@@ -415,9 +416,9 @@ def compute_gae(rewards, values, mask, gamma, gae_lambda):
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip_coef):
     """Clipped surrogate objective (Schulman et al. 2017, eq. 7), negated. All inputs (B, R).
 
-    Summed over tokens, averaged over responses: at π = π_old, and with unbiased advantages (γ = 1;
-    λ = 1 or an exact critic; no whitening or clipping), its expected gradient is that of -J. A
-    mean over the tokens of each response would give the tokens of short responses more weight.
+    Summed over tokens, averaged over responses. At π = π_old its expected gradient is that of -J if
+    the advantages are unbiased: γ = 1; λ = 1 or an exact critic; no whitening, no clipping. A mean
+    over the tokens of each response would give the tokens of short responses more weight.
     """
     logratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     ratio = logratio.exp()
@@ -514,11 +515,11 @@ def main(args):
         optimizer.param_groups[0]["lr"] = learning_rate
 
         # 1. Rollout: sample a batch of responses and score them.
-        rows = torch.randint(len(train_prompts), (args.batch_size,), device=device)
-        prompts = train_prompts[rows]  # (B, P)
+        prompt_rows = torch.randint(len(train_prompts), (args.batch_size,), device=device)
+        prompts = train_prompts[prompt_rows]  # (B, P)
         responses = generate(policy, prompts, args.temperature)  # (B, R)
         mask = response_mask(responses)  # (B, R)
-        true_scores = get_scores(train_targets[rows], responses)  # (B,)
+        true_scores = get_scores(train_targets[prompt_rows], responses)  # (B,)
         scores = true_scores  # unless there is a reward model
         with torch.no_grad():
             if reward_model is not None:
@@ -562,8 +563,9 @@ def main(args):
                 vf_loss = value_loss(
                     values, old_values[rows], returns[rows], mask[rows], args.value_clip
                 )
-                entropy = -(logits.softmax(2) * logits.log_softmax(2)).sum(2)  # (B, R)
-                entropy = masked_sum(entropy, mask[rows]).mean()
+                with torch.set_grad_enabled(args.ent_coef > 0):  # else it is only logged
+                    entropy = -(logits.softmax(2) * logits.log_softmax(2)).sum(2)  # (B, R)
+                    entropy = masked_sum(entropy, mask[rows]).mean()
                 loss = pg_loss + args.vf_coef * vf_loss - args.ent_coef * entropy
 
                 optimizer.zero_grad()
@@ -599,7 +601,7 @@ def main(args):
                 writer.add_scalar(f"losses/{name}", mean, episodes)
             error_variance = (returns - old_values)[mask].var(correction=0)
             variance = returns[mask].var(correction=0).clamp(min=1e-8)
-            explained = 1 - error_variance / variance
+            explained = 1 - error_variance / variance  # the returns contain the values if λ < 1
             writer.add_scalar("losses/explained_variance", explained, episodes)
         recent_scores.append(score)
         if rollout % max(1, num_rollouts // 20) == 0:
@@ -635,7 +637,8 @@ def main(args):
 
 if __name__ == "__main__":
     # Flush every line; print ? for characters that the output's encoding lacks.
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main(tyro.cli(Args, description=__doc__))
     except OSError as error:  # a full disk, a closed pipe

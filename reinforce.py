@@ -52,12 +52,12 @@ class Args:
     # Training
     sft_steps: int = 100  # SFT steps that train the reference; 0: random weights
     reward: Literal["outcome", "process"] = "outcome"  # process: half is for the first digit
-    total_episodes: int = 163_840  # total number of sampled responses
+    total_episodes: int = 163_840  # sampled responses, rounded down to whole rollouts
     batch_size: int = 256  # responses per rollout
     group_size: int = 4  # responses per prompt
     learning_rate: float = 8e-4  # peak learning rate; linear warmup over 10%, then linear decay
     max_grad_norm: float = 1.0  # maximum norm for gradient clipping
-    temperature: float = 1.0  # sampling temperature; also used for log-probabilities
+    temperature: float = 1.0  # divides all logits, of the policy and the reference
 
     # REINFORCE
     kl_coef: float = 0.05  # β: price of a nat of KL(policy ‖ reference), in units of reward
@@ -86,7 +86,7 @@ def check_args(args):
     rules = [
         (args.device == "cpu" or torch.cuda.is_available(), "--device cuda: no GPU is available"),
         (not args.tensorboard or is_writable(runs), "runs/ is not writable; use --no-tensorboard"),
-        (0 <= args.seed < 2**63, f"--seed {args.seed} must be 0 or more"),
+        (0 <= args.seed < 2**63, f"--seed {args.seed} must be in [0, 2**63)"),
         (args.sft_steps >= 0, f"--sft-steps {args.sft_steps} must be 0 or more"),
         (args.batch_size >= 1, f"--batch-size {args.batch_size} must be at least 1"),
         (args.total_episodes >= args.batch_size, "--total-episodes must be at least --batch-size"),
@@ -261,7 +261,7 @@ def get_scores(targets, responses):
 def response_mask(responses):
     """True up to and including the first EOS: stopping is learned, padding is ignored. (B, R)"""
     is_eos = (responses == EOS).long()
-    return is_eos.cumsum(1) - is_eos == 0
+    return (is_eos.cumsum(1) - is_eos) == 0  # no EOS before this token
 
 
 def response_states(gpt, prompts, responses):
@@ -351,8 +351,8 @@ def returns_to_go(rewards, mask, gamma):
 def leave_one_out_mean(returns, group_size):
     """For each response, the mean return of the others in its group. (B,) to (B,)
 
-    A response's own return must not be in its baseline: with the mean of the whole group
-    (G responses) the expected gradient would shrink to (G - 1) / G of what it should be.
+    A response's own return is left out: with the mean of the whole group (G responses) the expected
+    gradient would shrink to (G - 1) / G of what it should be.
     """
     groups = returns.view(-1, group_size)
     others = groups.sum(1, keepdim=True) - groups
@@ -374,9 +374,9 @@ def rwr_weights(returns, temperature, top_fraction):
     """Weights for reward-weighted regression (Peters & Schaal 2007). (B,) to (B,)
 
     Proportional to exp(return / temperature) for the best fraction of the responses (and
-    ties), 0 for the rest; they sum to 1. If all are kept, the best fit to the weighted responses
-    is π_new ∝ π · exp(return / temperature). It equals π only if all responses to a prompt have
-    the same return; as returns include the KL, that is so only at the maximum of J.
+    ties), 0 for the rest; they sum to 1. If all of many responses are kept, the best fit to them is
+    π_new ∝ π · exp(return / temperature). It equals π only if all responses to a prompt have the
+    same return; as returns include the KL, that is so (with γ = 1) only at the maximum of J.
     """
     num_kept = math.ceil(top_fraction * len(returns))
     lowest = returns.topk(num_kept).values[-1]
@@ -442,15 +442,15 @@ def main(args):
         optimizer.param_groups[0]["lr"] = learning_rate
 
         # 1. Rollout: sample a batch of responses, a group to each prompt, and score them.
-        rows = torch.randint(len(train_prompts), (num_prompts,), device=device)
-        rows = rows.repeat_interleave(args.group_size)  # (B,)
-        prompts = train_prompts[rows]  # (B, P)
+        prompt_rows = torch.randint(len(train_prompts), (num_prompts,), device=device)
+        prompt_rows = prompt_rows.repeat_interleave(args.group_size)  # (B,)
+        prompts = train_prompts[prompt_rows]  # (B, P)
         responses = generate(policy, prompts, args.temperature)  # (B, R)
         mask = response_mask(responses)  # (B, R)
-        true_scores = get_scores(train_targets[rows], responses)  # (B,)
+        true_scores = get_scores(train_targets[prompt_rows], responses)  # (B,)
         scores = true_scores
         if args.reward == "process":
-            token_scores = process_reward(train_targets[rows], responses)  # (B, R)
+            token_scores = process_reward(train_targets[prompt_rows], responses)  # (B, R)
             scores = token_scores.sum(1)
         # There is only one gradient step, so the update can reuse this forward pass.
         states = response_states(policy, prompts, responses)  # (B, R, D)
@@ -489,8 +489,9 @@ def main(args):
             # Reward-weighted regression: SFT on the responses, weighted to better ones.
             weights = rwr_weights(returns[:, 0], args.rwr_temperature, args.rwr_top_fraction)
             pg_loss = -(weights * masked_sum(logprobs, mask)).sum()
-        entropy = -(logits.softmax(2) * logits.log_softmax(2)).sum(2)  # (B, R)
-        entropy = masked_sum(entropy, mask).mean()
+        with torch.set_grad_enabled(args.ent_coef > 0):  # else it is only logged
+            entropy = -(logits.softmax(2) * logits.log_softmax(2)).sum(2)  # (B, R)
+            entropy = masked_sum(entropy, mask).mean()
         loss = pg_loss - args.ent_coef * entropy
         metrics = {"policy_loss": pg_loss.detach(), "entropy": entropy.detach()}
         if args.baseline == "value":
@@ -559,7 +560,8 @@ def main(args):
 
 if __name__ == "__main__":
     # Flush every line; print ? for characters that the output's encoding lacks.
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main(tyro.cli(Args, description=__doc__))
     except OSError as error:  # a full disk, a closed pipe

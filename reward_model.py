@@ -16,7 +16,8 @@ feedback, then take gradient steps on the loss for that kind of feedback. R is t
                   telling the demonstration from M samples (ranking NCE: Ma & Collins 2018,
                   arXiv:1809.01812). r tends to R/τ, plus any constant per prompt.
 
-Finally the scores are normalised to mean 0 and standard deviation 1 on the reference's responses.
+Finally the scores are normalised to mean 0 and standard deviation 1 on the reference's responses
+(before `--uncertainty-coef` subtracts anything).
 
 The task: given three digits, write two more and EOS so that all five sum to 20. A small GPT is
 first trained on correct answers (SFT). It is the reference; its responses are judged by a simulated
@@ -96,7 +97,7 @@ def check_args(args):
     rules = [
         (args.device == "cpu" or torch.cuda.is_available(), "--device cuda: no GPU is available"),
         (not args.tensorboard or is_writable(runs), "runs/ is not writable; use --no-tensorboard"),
-        (0 <= args.seed < 2**63, f"--seed {args.seed} must be 0 or more"),
+        (0 <= args.seed < 2**63, f"--seed {args.seed} must be in [0, 2**63)"),
         (args.sft_steps >= 0, f"--sft-steps {args.sft_steps} must be 0 or more"),
         (args.num_examples >= 1, f"--num-examples {args.num_examples} must be at least 1"),
         (args.num_samples >= 1, f"--num-samples {args.num_samples} must be at least 1"),
@@ -337,7 +338,7 @@ def get_scores(targets, responses):
 def response_mask(responses):
     """True up to and including the first EOS: stopping is learned, padding is ignored. (B, R)"""
     is_eos = (responses == EOS).long()
-    return is_eos.cumsum(1) - is_eos == 0
+    return (is_eos.cumsum(1) - is_eos) == 0  # no EOS before this token
 
 
 def response_states(gpt, prompts, responses):
@@ -518,7 +519,11 @@ def sample_demonstrations(policy, reference, prompts, targets, annotator_tempera
     demonstrations = torch.zeros(len(prompts), RESPONSE_LENGTH, dtype=torch.long)
     demonstrations = demonstrations.to(prompts.device)
     missing = torch.arange(len(prompts), device=prompts.device)
+    turns = 0
     while len(missing) > 0:
+        turns += 1
+        if turns > 10_000:
+            fail("--learn-from demonstrations: too few are good; raise --annotator-temperature")
         chunks = prompts[missing].split(256)
         responses = torch.cat([generate(reference, chunk, 1.0) for chunk in chunks])
         scores = get_scores(targets[missing], responses)
@@ -543,8 +548,9 @@ def sample_demonstrations(policy, reference, prompts, targets, annotator_tempera
 def demonstration_loss(scores, log_weights):
     """Ranking NCE: -log of the probability that the first candidate is the demonstration.
 
-    scores, log_weights: (N, 1 + M). The minimum is at R/τ for every M, because the softmax also
-    includes the demonstration. With only samples there, the scores would grow too large.
+    scores, log_weights: (N, 1 + M). The minimum is at R/τ, plus any constant per prompt, for every
+    M, because the softmax also includes the demonstration. With only samples there, the scores
+    would grow too large.
     Returns the mean loss and the accuracy: how often the demonstration has a higher score than
     a sample.
     """
@@ -574,11 +580,11 @@ def normalise(members, prompts, responses):
 def evaluate_scores(reward_model, policy, prompts, targets, annotator_temperature):
     """Compare scores with the annotator and with the true reward, on 16 sampled pairs per prompt.
 
-    accuracy: how often the annotator prefers the response with the higher score, with its standard
-    error (treating the pairs as independent). bayes_accuracy: the same for the true reward;
-    no scores can do better. Neither counts pairs of identical responses. correlation: of scores and
-    true rewards. deviation: standard deviation of the ensemble's margins (score differences of a
-    pair).
+    accuracy: how often the simulated annotator prefers the response with the higher score, with its
+    standard error (treating the pairs as independent). bayes_accuracy: the same for the true
+    reward; no scores can do better. Neither counts pairs of identical responses. correlation: of
+    scores and true rewards. deviation: standard deviation of the ensemble's margins (score
+    differences of a pair).
     """
     correct = []
     bayes_correct = []
@@ -870,7 +876,8 @@ def main(args):
 
 if __name__ == "__main__":
     # Flush every line; print ? for characters that the output's encoding lacks.
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main(tyro.cli(Args, description=__doc__))
     except OSError as error:  # a full disk, a closed pipe

@@ -232,7 +232,7 @@ def test_reference_logprobs_are_pair_logprobs_in_minibatches(monkeypatch, length
     pairs = (prompts, chosen, rejected, length_normalize)
     expected = dpo.pair_logprobs(reference, *pairs)
     calls = programs.record(monkeypatch, dpo, "pair_logprobs")["pair_logprobs"]
-    found = dpo.reference_logprobs(reference, *pairs)
+    found = dpo.reference_logprobs(reference, *pairs, 256)
     assert [len(call["prompts"]) for call in calls] == [256, 256, 88]
     for logprobs, expected_logprobs in zip(found, expected, strict=True):
         assert logprobs.shape == (600,)
@@ -629,17 +629,20 @@ def test_every_epoch_reads_every_pair_once_in_another_order(monkeypatch, tmp_pat
     for call in losses:
         assert (call["beta"], call["loss_type"], call["label_smoothing"]) == (0.3, "robust", 0.2)
         assert call["chosen_logratios"].requires_grad
-    reference_call, *policy_calls = calls["pair_logprobs"]  # the reference: once, before training
+    # The reference reads each pair once, before training.
+    reference_calls = calls["pair_logprobs"][:3]
+    policy_calls = calls["pair_logprobs"][3:]
+    assert [len(call["prompts"]) for call in reference_calls] == [15, 15, 10]
     assert len(policy_calls) == 9
     assert all(call["length_normalize"] is True for call in calls["pair_logprobs"])
     assert len({id(call["gpt"]) for call in policy_calls}) == 1
     assert all(p.requires_grad for p in policy_calls[0]["gpt"].parameters())
-    assert not any(p.requires_grad for p in reference_call["gpt"].parameters())
+    assert len({id(call["gpt"]) for call in reference_calls}) == 1
+    assert not any(p.requires_grad for p in reference_calls[0]["gpt"].parameters())
 
     preferences = dpo.read_preferences(path, NO_PROMPTS)
-    assert torch.equal(reference_call["prompts"], preferences[0])
-    assert torch.equal(reference_call["chosen"], preferences[1])
-    assert torch.equal(reference_call["rejected"], preferences[2])
+    for name, column in zip(("prompts", "chosen", "rejected"), preferences[:3], strict=True):
+        assert torch.equal(torch.cat([call[name] for call in reference_calls]), column)
     orders = []
     for epoch in range(3):
         calls_now = policy_calls[3 * epoch : 3 * epoch + 3]
@@ -674,11 +677,13 @@ def steps_of_two_rounds(monkeypatch, length_normalize=False):
     assert references[1]["reference"] is reference
     rounds = []
     calls = iter(losses)
+    before_training = False
     for arguments, results, _ in forward_passes:
-        if arguments[0] is reference:  # at the start of a round
-            rounds.append([])
-        else:
+        if arguments[0] is not reference:
             rounds[-1].append((arguments, results, next(calls)))
+        elif not before_training:  # the reference reads the pairs of a new round
+            rounds.append([])
+        before_training = arguments[0] is reference
     assert [*calls] == []
     assert len(rounds) == 2
     assert len(rounds[1]) > len(rounds[0]) > 1
@@ -767,7 +772,8 @@ def test_curves_are_means_over_the_steps_since_the_last_log(monkeypatch, tmp_pat
         expected = [(metrics[2 * i][name] + metrics[2 * i + 1][name]).item() / 2 for i in range(20)]
         assert programs.values(curves[name]) == pytest.approx(expected, abs=1e-5)
     for name, side in (("logps/chosen", 0), ("logps/rejected", 1)):
-        means = [result[side].mean().item() for _, result, _ in logprobs[1:]]  # 0: the reference
+        # The reference reads the 19 pairs in 10 minibatches, before training.
+        means = [result[side].mean().item() for _, result, _ in logprobs[10:]]
         expected = [(means[2 * i] + means[2 * i + 1]) / 2 for i in range(20)]
         assert programs.values(curves[name]) == pytest.approx(expected, abs=1e-5)
     assert all(value > 0 for value in programs.values(curves["losses/grad_norm"]))

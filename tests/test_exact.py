@@ -7,6 +7,7 @@ import sys
 
 import exact
 import frontier
+import gpt2_rewards
 import kl_estimators
 import oracle
 import pytest
@@ -416,7 +417,7 @@ def test_command_prints_every_metric_and_draws_the_policy(
 
 # ---------------------------------------------------------------------------- The benchmarks
 def test_commands_of_the_benchmarks_are_understood():
-    commands = [*run.COMMANDS, *variants.COMMANDS]
+    commands = [*run.COMMANDS, *variants.COMMANDS, *gpt2_rewards.COMMANDS]
     assert len(commands) > 30
     for command in commands:
         script, *flags = command.split()
@@ -449,12 +450,14 @@ def test_tables_are_made_of_results_and_stay_without_them(tmp_path, monkeypatch)
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     assert report.render(text) == text
     metrics = {"success": 0.9, "normalised_gain": 0.8, "kl": 0.5, "entropy": 1.5}
+    metrics["cpu_seconds"] = 2.5
     runs = [{"seed": seed, **metrics} for seed in [1, 2, 3]]
     result = {"command": "python x.py", "machine": run.machine(1), "output": [], "runs": runs}
     run.save_results(tmp_path / "kl_coef.json", {"ppo.py --kl-coef 0.1": result})
     table = report.render(text)
     assert "| `ppo.py --kl-coef 0.1` | 0.900 ± 0.000 | 0.800 ± 0.000 |" in table
-    assert "`python x.py`: seeds 1 to 3" in table and "old" not in table
+    assert "`python x.py`: seeds 1 to 3, mean ± standard deviation; 8 CPU seconds." in table
+    assert "old" not in table
     assert report.render(table) == table
 
 

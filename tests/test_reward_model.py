@@ -331,6 +331,18 @@ def test_demonstrations_need_rewards_of_at_most_1(monkeypatch, capsys):
     assert stop.value.code == 2 and error.count("\n") == 1 and "exceed 1" in error
 
 
+def test_demonstrations_that_are_never_good_enough_end_with_one_line(monkeypatch, capsys):
+    gpt = make_gpt(1)
+    asked, targets = prompts_and_targets(2)
+    monkeypatch.setattr(reward_model, "generate", lambda *_: torch.zeros(2, 3, dtype=torch.long))
+    monkeypatch.setattr(reward_model, "reward", lambda *_: torch.full((2,), -100.0))
+    with pytest.raises(SystemExit) as stop:
+        reward_model.sample_demonstrations(gpt, gpt, asked, targets, 0.5, 2)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert "--learn-from demonstrations" in error and "--annotator-temperature" in error
+
+
 def test_log_weights_of_real_models_and_their_order():
     policy = make_gpt(1)
     reference = make_gpt(2)
