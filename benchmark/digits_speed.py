@@ -85,7 +85,7 @@ def main():
             f"| {statistics.median(ratios):.1f} |",
             flush=True,
         )
-    print(f"\n{place(machine(1))}")
+    print(f"\n{time.process_time():.0f} CPU seconds. {place(machine(1))}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ of TRL's former PPOTrainer, where that can be imported:
 """
 
 import argparse
+import contextlib
 import resource
 import sys
 import tempfile
@@ -21,6 +22,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from report import place
+from run import machine
+
 import gpt2_sentiment as gpt2
 
 
@@ -38,15 +42,22 @@ def seconds(work, turns, device):
 
 def matrix_speed(device, dtype, turns):
     """FLOP/s of the products of a layer and of the output layer, at the rows of an iteration."""
-    work, flop = [], 0
-    for rows, inner, outer in ((320, 768, 3072), (320, 3072, 768), (240, 768, 50257)):
+    matrices = []
+    flop = 0
+    for rows, inner, outer in [(320, 768, 3072), (320, 3072, 768), (240, 768, 50257)]:
         x = torch.randn(rows, inner, device=device, dtype=dtype)
-        work.append((x, torch.randn(outer, inner, device=device, dtype=dtype)))
+        weight = torch.randn(outer, inner, device=device, dtype=dtype)
+        matrices.append((x, weight))
         flop += 2 * rows * inner * outer
-    return flop / seconds(lambda: [x @ w.T for x, w in work], 3 * turns, device)
+
+    def products():
+        for x, weight in matrices:
+            x @ weight.T
+
+    return flop / seconds(products, 3 * turns, device)
 
 
-def tokens_a_second(policy, folder, args):
+def tokens_per_second(policy, folder, args):
     """Of ours and of transformers' generate, 16 prompts of 5 tokens and 48 new ones each."""
     prompts = torch.randint(50257, (16, 5), device=args.device)
     noise = torch.rand(16, 48).double().to(args.device)
@@ -56,12 +67,11 @@ def tokens_a_second(policy, folder, args):
         with gpt2.autocast(args):
             gpt2.generate_texts(policy, prompts, noise, 1.0, 0, 1.0)
 
-    print("| tokens a second | |\n|-|-|", flush=True)
-    try:
+    print("| tokens per second | |\n|-|-|", flush=True)
+    theirs = None
+    with contextlib.suppress(ImportError):
         from transformers import GPT2LMHeadModel, __version__
-    except ImportError:
-        theirs = None
-    else:
+
         other = GPT2LMHeadModel.from_pretrained(folder).to(args.device)
         tokens = torch.randint(50257, (2, 20), device=args.device)
         with torch.no_grad():
@@ -79,15 +89,18 @@ def tokens_a_second(policy, folder, args):
                     pad_token_id=0,
                 )
 
-    times = [[], []]
+    our_times = []
+    their_times = []
     for _ in range(args.turns):  # by turns, so that both meet the same disturbances
-        times[0].append(seconds(ours, 1, args.device))
-        times[1].append(seconds(theirs, 1, args.device) if theirs else float("nan"))
-    speeds = [16 * 48 / min(column) for column in times]
-    print(f"| gpt2_sentiment.py | {speeds[0]:.0f} |")
-    if theirs:
-        print(f"| generate of transformers {__version__} | {speeds[1]:.0f} |")
-        print(f"| ratio | {speeds[0] / speeds[1]:.2f} |\n\nlargest gap of logits: {gap:.1e}")
+        our_times.append(seconds(ours, 1, args.device))
+        if theirs is not None:
+            their_times.append(seconds(theirs, 1, args.device))
+    our_speed = 16 * 48 / min(our_times)
+    print(f"| gpt2_sentiment.py | {our_speed:.0f} |")
+    if theirs is not None:
+        their_speed = 16 * 48 / min(their_times)
+        print(f"| generate of transformers {__version__} | {their_speed:.0f} |")
+        print(f"| ratio | {our_speed / their_speed:.2f} |\n\nlargest gap of logits: {gap:.1e}")
     policy.config.eos_token_id = 0
 
 
@@ -101,16 +114,28 @@ def trl_iteration(folder, prompts, args):
         config = PPOConfig(learning_rate=1e-6, max_grad_norm=1.0, **sizes)
     except (ImportError, RuntimeError, TypeError):  # no trl, or one of another time
         return {}
-    model, reference = (AutoModelForCausalLMWithValueHead.from_pretrained(folder) for _ in "12")
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(str(folder))
+    reference = AutoModelForCausalLMWithValueHead.from_pretrained(str(folder))
     trainer = PPOTrainer(config, model, reference, AutoTokenizer.from_pretrained(folder))
-    made, prompts, scores = {}, list(prompts), list(torch.zeros(16))
-    length = {"min_new_tokens": 15, "max_new_tokens": 15}
-    drawn = {"do_sample": True, "top_k": 0, "pad_token_id": 0, "return_prompt": False}
+    prompts = list(prompts)
+    scores = list(torch.zeros(16))
+    made = {}
+    flags = {
+        "do_sample": True,
+        "top_k": 0,
+        "min_new_tokens": 15,
+        "max_new_tokens": 15,
+        "pad_token_id": 0,
+        "return_prompt": False,
+    }
 
     def generation():
-        made["y"] = trainer.generate(prompts, batch_size=16, **length, **drawn)
+        made["y"] = trainer.generate(prompts, batch_size=16, **flags)
 
-    return {"generate": generation, "step": lambda: trainer.step(prompts, made["y"], scores)}
+    def step():
+        trainer.step(prompts, made["y"], scores)
+
+    return {"generate": generation, "step": step}
 
 
 def iteration(policy, folder, args):
@@ -207,12 +232,13 @@ def main():
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent, "gpt2")
         gpt2.save_gpt2(policy, gpt2.train_tokenizer(["any"], 300), folder)
-        tokens_a_second(policy, folder, args)
+        tokens_per_second(policy, folder, args)
         iteration(policy, folder, args)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     if args.device == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**30
-    print(f"\npeak memory: {peak:.1f} GiB")
+    print(f"\npeak memory: {peak:.1f} GiB\n")
+    print(f"{time.process_time():.0f} CPU seconds. {place(machine(args.threads))}")
 
 
 if __name__ == "__main__":

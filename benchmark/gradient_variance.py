@@ -10,6 +10,7 @@ are each other's baseline; B times it is the column "in a rollout".
 """
 
 import argparse
+import time
 
 import torch
 import torch.nn.functional as F
@@ -153,7 +154,8 @@ def main():
             f"| {name} | {one:.4f} | {rollout:.4f} | {relative:.2f} | {rollout / square:.1f} |"
         )
     command = f"`python benchmark/gradient_variance.py --seed {args.seed}`"
-    lines += ["", f"{command}. {place(machine(torch.get_num_threads()))}"]
+    where = place(machine(torch.get_num_threads()))
+    lines += ["", f"{command}, {time.process_time():.0f} CPU seconds. {where}"]
     path = RESULTS / "gradient_variance.md"
     path.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

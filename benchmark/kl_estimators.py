@@ -16,6 +16,8 @@ of ∇E[R] - β · mean at π*, relative to ∇E[R] at the reference. It is 0 if
 rests; otherwise training pushes the policy away from the optimum.
 """
 
+import time
+
 import torch
 import torch.nn.functional as F
 from exact import all_responses, next_token_logprobs
@@ -152,7 +154,8 @@ def main():
             f"| in the {place_of_kl} | {kind} | {error:.3f} | {deviation:.2f} | {at_best:.3f} |"
         )
     command = "`python benchmark/kl_estimators.py`"
-    lines += ["", f"{command}. {place(machine(torch.get_num_threads()))}"]
+    where = place(machine(torch.get_num_threads()))
+    lines += ["", f"{command}, {time.process_time():.0f} CPU seconds. {where}"]
     path = RESULTS / "kl_estimators.md"
     path.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -68,11 +68,15 @@ def seed_range(seeds):
 
 
 def footnote(results):
-    """What stands below a table: the commands and the seeds. Machine and date: provenance_table."""
+    """What stands below a table: commands, seeds, CPU seconds. Machine, date: provenance_table."""
     commands = sorted({result["command"] for result in results.values()})
     commands = ", ".join(f"`{command}`" for command in commands)
     seeds = sorted({seed_range(column(result, "seed")) for result in results.values()})
-    return f"{commands}: seeds {' or '.join(seeds)}, mean ± standard deviation."
+    seconds = sum(sum(column(result, "cpu_seconds")) for result in results.values())
+    return (
+        f"{commands}: seeds {' or '.join(seeds)}, mean ± standard deviation; "
+        f"{seconds:,.0f} CPU seconds."
+    )
 
 
 def load(name):
@@ -291,7 +295,8 @@ def provenance_table():
     """Which command made the numbers of a page, when, from which commit, and on what machine."""
     rows = set()
     machines = set()
-    for name in ["runs", "variants", "kl_coef", "stability", "reward_data", "optimizers"]:
+    names = ["runs", "variants", "kl_coef", "stability", "reward_data", "gpt2_rewards"]
+    for name in [*names, "optimizers"]:
         for result in load(name).values():
             machine = result["machine"]
             rows.add((f"`{result['command']}`", machine["date"], machine["commit"]))
@@ -330,6 +335,30 @@ def gpt2_table():
         if line.endswith(" ..."):  # a text before and after
             return "\n".join([*lines, "", "```", *output[number : number + 6], "```"])
     return "\n".join(lines)
+
+
+def gpt2_rewards_table():
+    """Held-out rewards before and after. "Highest": of the samples, over five rollouts in a row."""
+    results = load("gpt2_rewards")
+    if not results:
+        return None
+    heads = ["true reward before", "after", "highest", "learned reward", "KL", "distinct-2"]
+    lines = header(["flags", *heads])
+    for command, result in results.items():
+        flags = command.removeprefix("gpt2_sentiment.py ")
+        cells = [f"`{flags}`"]
+        for name in ["held_out_reward_before", "held_out_reward", "highest_true_score"]:
+            cells.append(spread(column(result, name), 2))
+        learned = ""
+        if "held_out_learned_reward" in result["runs"][0]:
+            before = mean(column(result, "held_out_learned_reward_before"))
+            learned = f"{before:.2f} → {spread(column(result, 'held_out_learned_reward'), 2)}"
+        cells.append(learned)
+        cells.append(spread(column(result, "held_out_kl"), 1))
+        before = mean(column(result, "held_out_distinct_2_before"))
+        cells.append(f"{before:.2f} → {mean(column(result, 'held_out_distinct_2')):.2f}")
+        lines.append(row(cells))
+    return "\n".join([*lines, "", footnote(results)])
 
 
 def digits_table():
@@ -371,6 +400,7 @@ TABLES = {
     "optimizers": optimizers_table,
     "provenance": provenance_table,
     "gpt2": gpt2_table,
+    "gpt2_rewards": gpt2_rewards_table,
     "digits": digits_table,
 }
 

@@ -13,7 +13,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from run import RESULTS, average_points, execute, machine, read_scalars, run_folder
+from run import RESULTS, average_points, child_seconds, execute, machine, read_scalars, run_folder
 
 REWARD_MODEL = (
     "reward_model.py --num-examples 1024 --epochs 6 --minibatch-size 8 --ensemble-size 5"
@@ -52,6 +52,7 @@ def main():
     results = {
         "command": f"python benchmark/reward_hacking.py --threads {args.threads}",
         "machine": machine(args.threads),
+        "cpu_seconds": round(child_seconds()),
         "runs": runs,
     }
     path = RESULTS / "reward_hacking.json"

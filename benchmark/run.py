@@ -8,7 +8,8 @@ Each run is the command itself, `python SCRIPT.py FLAGS --seed S`, in an empty f
 are those of the whole command, imports included. Results go to benchmark/results/runs.json after
 each command; `python benchmark/report.py` makes tables and figures of them.
 
-variants.py, kl_coef.py, stability.py and reward_data.py run other commands in the same way.
+variants.py, kl_coef.py, stability.py, reward_data.py and gpt2_rewards.py run other commands in the
+same way.
 """
 
 import argparse
@@ -150,12 +151,15 @@ def measure(command, seed, threads):
 
     success, kl, ... are exact if the script saves what exact.py evaluates; the figures that the
     script itself has sampled are then called sampled_success, sampled_kl, ... A command with
-    --reward-model rm.pt gets that file from reward_model.py with the same seed.
+    --reward-model rm.pt gets that file from reward_model.py with the same seed, one with
+    --reward-model rm gets that folder from gpt2_reward_model.py.
     """
     script = command.split()[0]
     with tempfile.TemporaryDirectory() as folder:
         if "--reward-model rm.pt" in command:
             execute("reward_model.py --save-path rm.pt", seed, threads, folder)
+        elif "--reward-model rm" in command:
+            execute("benchmark/gpt2_reward_model.py --save-dir rm", seed, threads, folder)
         full_command = command
         if script in TOY_SCRIPTS:
             full_command = f"{command} --save-path saved.pt"
@@ -165,10 +169,16 @@ def measure(command, seed, threads):
         if script in TOY_SCRIPTS:
             sampled = {f"sampled_{name}": value for name, value in result.items()}
             result = {**sampled, **evaluate_file(Path(folder) / "saved.pt")}
-        curve = average_points(read_scalars(run).get("charts/score", []), 40)
+        scalars = read_scalars(run)
+        curve = average_points(scalars.get("charts/score", []), 40)
     result = {name: round(value, 5) for name, value in result.items()}
     if curve:
         result["largest_fall"] = round(largest_fall(output), 3)
+    if script == "gpt2_sentiment.py":  # means of five rollouts, whose rewards are noisy
+        true_scores = scalars["charts/true_score"]
+        fives = [true_scores[i : i + 5] for i in range(0, len(true_scores), 5)]
+        means = [sum(event.value for event in five) / len(five) for five in fives]
+        result["highest_true_score"] = round(max(means), 5)
     result["seconds"] = round(seconds, 1)
     result["cpu_seconds"] = round(cpu_seconds, 1)
     return {"seed": seed, **result, "curve": curve}, output
