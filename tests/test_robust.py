@@ -1,6 +1,7 @@
 """What real use does to the scripts of the toy task: consoles, disks, sweeps, users' rewards."""
 
 import inspect
+import io
 import os
 import runpy
 import shutil
@@ -285,6 +286,17 @@ def test_a_copy_under_another_name_makes_files_that_the_others_read(tmp_path):
 def test_help_is_printed_whatever_the_encoding(script, encoding):
     done = command(script, "--help", env={**os.environ, "PYTHONIOENCODING": encoding})
     assert done.returncode == 0 and b"--seed" in done.stdout and done.stderr == b""
+
+
+@each_with_digits
+def test_help_is_printed_in_a_notebook(script, monkeypatch):
+    """There the standard output has no reconfigure."""
+    printed = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", printed)
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(programs.ROOT / f"{script.__name__}.py"), run_name="__main__")
+    assert stop.value.code == 0 and "--seed" in printed.getvalue()
 
 
 @pytest.mark.parametrize("script", [ppo, reward_model], ids=["ppo", "reward_model"])
