@@ -558,7 +558,7 @@ def learning_table(learning):
     for method, sides in learning.items():
         names = ["success", "kl", "normalised_gain"]
         if method == "reward":
-            names = ["accuracy", "correlation", "best_of_16"]
+            names = ["accuracy", "correlation"]
         for name in names:
             cells = [spread([result[name] for result in sides[side]]) for side in SIDES]
             lines.append(f"| {method} | {name.replace('_', ' ')} | {cells[0]} | {cells[1]} |")
@@ -566,9 +566,10 @@ def learning_table(learning):
 
 
 def race_table(races, goal):
-    lines = [f"| seconds to {goal} held-out success | ours | TRL |", "|-|-|-|"]
+    lines = [f"| seconds to {goal} held-out success | ours | TRL | ratio |", "|-|-|-|-|"]
     for method, sides in races.items():
         cells = []
+        means = []
         for side in SIDES:
             seconds = [run["seconds"] for run in sides[side] if run["reached"]]
             missed = len(sides[side]) - len(seconds)
@@ -576,7 +577,8 @@ def race_table(races, goal):
             if seconds and missed:
                 cell += f" ({missed} never)"
             cells.append(cell)
-        lines.append(f"| {method} | {cells[0]} | {cells[1]} |")
+            means.append(statistics.mean(seconds) if seconds else math.nan)
+        lines.append(f"| {method} | {cells[0]} | {cells[1]} | {means[0] / means[1]:.2f} |")
     return lines
 
 

@@ -69,7 +69,7 @@ def main():
     torch.set_num_threads(1)  # as digits_sum20.py does
     print("| epoch | one row per example, ms | digits_sum20.py, ms | times faster |")
     print("|-|-|-|-|")
-    for method in ("sl", "rl-sharp", "rl-improved"):
+    for method in ("sl", "rl-sharp"):
         plain_times = []
         times = []
         ratios = []

@@ -445,6 +445,8 @@ def test_a_saved_model_is_the_same_to_the_bit(tmp_path):
     wanted = "architectures model_type activation_function n_embd n_head n_layer n_positions "
     wanted += "n_inner layer_norm_epsilon vocab_size bos_token_id eos_token_id tie_word_embeddings"
     assert [after[key] for key in wanted.split()] == [before[key] for key in wanted.split()]
+    # No dropout, as in training.
+    assert [after[f"{part}_pdrop"] for part in ("attn", "embd", "resid")] == [0, 0, 0]
     said = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
     assert said["eos_token"] == said["bos_token"] == "<|endoftext|>"
 

@@ -356,6 +356,23 @@ def test_pretraining_lowers_the_loss(monkeypatch):
     assert loss() < before - 2
 
 
+def test_pretraining_warms_up_and_decays(monkeypatch):
+    """40 steps: 4e-3 is reached in 2 steps (5 %), then the rate falls linearly."""
+    rates = []
+    step = torch.optim.AdamW.step
+
+    def recorded_step(optimizer, *arguments):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded_step)
+    sentences = gpt2.write_sentences(20, 1)
+    policy, tokenizer = gpt2.embedded_gpt2(sentences)
+    gpt2.pretrain_gpt2(policy, tokenizer, sentences, 40)
+    expected = [0.5 * 4e-3, *(4e-3 * (40 - i) / 40 for i in range(1, 40))]
+    assert rates == pytest.approx(expected)
+
+
 # ---------------------------------------------------------------- Killed and resumed
 
 LONG = {"total_episodes": 48, "checkpoint_every": 2, "kl_target": 0.5, "kl_horizon": 20}
