@@ -269,7 +269,7 @@ def generate(policy, prompts, temperature):
 
 def get_scores(targets, responses):
     """Rewards as float32 scores (B,). Exits unless there is one finite number per response."""
-    rewards = reward(targets, responses)
+    rewards = reward(targets, responses.clone())  # reward may change its copy
     try:
         scores = torch.as_tensor(rewards, dtype=torch.float32, device=responses.device).detach()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:

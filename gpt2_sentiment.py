@@ -164,7 +164,7 @@ def check_args(args):
         (args.response_length >= 1, f"--response-length {args.response_length} must be at least 1"),
         (1e-6 < args.temperature < 1e6, f"--temperature {args.temperature} must be in (1e-6, 1e6)"),
         (args.top_k >= 0, f"--top-k {args.top_k} must be 0 or more"),
-        (0 < args.top_p <= 1, f"--top-p {args.top_p} must be above 0 and at most 1"),
+        (1e-6 < args.top_p <= 1, f"--top-p {args.top_p} must be above 1e-6 and at most 1"),
         (0 <= args.kl_coef < 1e6, f"--kl-coef {args.kl_coef} must be in [0, 1e6)"),
         (args.kl_horizon >= 1, f"--kl-horizon {args.kl_horizon} must be at least 1"),
         (0 <= args.gamma <= 1, f"--gamma {args.gamma} must be between 0 and 1"),
@@ -822,8 +822,9 @@ def repetition(texts):
 # the rows. What they sample is gathered, and gradients are summed, so all hold the same tensors.
 def rank_and_processes():
     """The number of this process and how many there are."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ.get("RANK", 0)) if processes > 1 else 0
+    started_by_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    processes = int(os.environ["WORLD_SIZE"]) if started_by_torchrun else 1
+    rank = int(os.environ["RANK"]) if processes > 1 else 0
     return rank, processes
 
 
@@ -1235,7 +1236,8 @@ def load_checkpoint(run):
         state = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
         args = Args(**state["args"])
     except Exception as error:  # a file can be wrong in any number of ways
-        fail(f"--resume {run}: checkpoint.pt cannot be read ({one_line(error)})")
+        reason = f"damaged, or of another version of this script ({type(error).__name__})"
+        fail(f"--resume {run}: checkpoint.pt is {reason}")
     return state, args
 
 
@@ -1243,6 +1245,8 @@ def load_checkpoint(run):
 def main(args):
     start_time = time.time()
     check_args(args)
+    if args.reward_model is not None and not args.reward_model.is_dir():
+        fail(f"--reward-model {args.reward_model}: no such directory")
     args = replace(args)  # a copy, since the learning rate may be filled in below
     state = None
     run_folder = args.resume

@@ -261,6 +261,8 @@ def load_reward_model(path, device):
             raise ValueError
         if not 0 <= reward_model.uncertainty_coef < 1e6:
             raise ValueError
+    except OSError as error:
+        fail(f"--reward-model {path}: cannot be read ({error})")
     except Exception as error:  # a file can be wrong in any number of ways
         reason = f"not saved by reward_model.py, or damaged ({type(error).__name__})"
         fail(f"--reward-model {path}: {reason}")
@@ -285,7 +287,7 @@ def generate(policy, prompts, temperature):
 
 def get_scores(targets, responses):
     """Rewards as float32 scores (B,). Exits unless there is one finite number per response."""
-    rewards = reward(targets, responses)
+    rewards = reward(targets, responses.clone())  # reward may change its copy
     try:
         scores = torch.as_tensor(rewards, dtype=torch.float32, device=responses.device).detach()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:

@@ -246,7 +246,7 @@ def generate(policy, prompts, temperature):
 
 def get_scores(targets, responses):
     """Rewards as float32 scores (B,). Exits unless there is one finite number per response."""
-    rewards = reward(targets, responses)
+    rewards = reward(targets, responses.clone())  # reward may change its copy
     try:
         scores = torch.as_tensor(rewards, dtype=torch.float32, device=responses.device).detach()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -450,7 +450,9 @@ def main(args):
         true_scores = get_scores(train_targets[prompt_rows], responses)  # (B,)
         scores = true_scores
         if args.reward == "process":
-            token_scores = process_reward(train_targets[prompt_rows], responses)  # (B, R)
+            token_scores = process_reward(train_targets[prompt_rows], responses.clone())  # (B, R)
+            if token_scores.shape != responses.shape or not token_scores.isfinite().all():
+                fail(f"process_reward must return finite rewards of shape {tuple(responses.shape)}")
             scores = token_scores.sum(1)
         # There is only one gradient step, so the update can reuse this forward pass.
         states = response_states(policy, prompts, responses)  # (B, R, D)

@@ -323,7 +323,7 @@ def generate(policy, prompts, temperature):
 
 def get_scores(targets, responses):
     """Rewards as float32 scores (B,). Exits unless there is one finite number per response."""
-    rewards = reward(targets, responses)
+    rewards = reward(targets, responses.clone())  # reward may change its copy
     try:
         scores = torch.as_tensor(rewards, dtype=torch.float32, device=responses.device).detach()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -392,6 +392,8 @@ def load_policy(path, device):
         for weight in [*policy.parameters(), *reference.parameters()]:
             if not weight.isfinite().all():
                 raise ValueError
+    except OSError as error:
+        fail(f"--policy {path}: cannot be read ({error})")
     except Exception as error:  # a file can be wrong in any number of ways
         reason = f"no policy and reference in it, or damaged ({type(error).__name__})"
         fail(f"--policy {path}: {reason}")
@@ -657,11 +659,15 @@ def annotate(policy, prompts, path, number):
     count = len(lines)
     torch.manual_seed(torch.initial_seed() + count)  # do not repeat the pairs already judged
     print(f"{path} has {count} of {number} pairs. {INSTRUCTIONS}")
+    num_identical = 0
     try:
         while count < number:
             row = torch.randint(len(prompts), (1,))
             first, second = generate(policy, prompts[row].repeat(2, 1), 1.0).tolist()
             if first == second:
+                num_identical += 1
+                if num_identical == 10_000:
+                    fail("--annotate: the policy hardly ever writes two different responses")
                 continue
             prompt = to_text(prompts[row][0].tolist())
             print(f"\n[{count + 1}] {prompt}    A: {shown(first)}    B: {shown(second)}")
@@ -678,7 +684,7 @@ def annotate(policy, prompts, path, number):
             file.write(json.dumps(pair) + "\n")
             file.flush()
             count += 1
-    except (EOFError, KeyboardInterrupt):
+    except (EOFError, KeyboardInterrupt, UnicodeDecodeError):
         print()
     file.close()
     print(f"{path} has {count} pairs. Learn: python reward_model.py --preferences {path}")

@@ -3,18 +3,20 @@
     python benchmark/gpt2_rewards.py    # results: benchmark/results/gpt2_rewards.json
 
 The reward model is trained by gpt2_reward_model.py with the same seed; PPO never sees the true
-reward. Without a KL penalty the learned score is over-optimised: the true reward falls again.
+reward. One that is overfitted to 256 pairs is over-optimised: the true reward falls again.
 """
 
 from run import FIVE_SEEDS, run_commands
 
+NO_PENALTY = "--kl-coef 0 --kl-target None --total-episodes 5120 --learning-rate 1e-3"
 COMMANDS = [
     "gpt2_sentiment.py --reward plain",
     "gpt2_sentiment.py --reward plain --kl-coef 0.3",
     "gpt2_sentiment.py --reward plain --kl-coef 0.3 --advantage-clip 1",
     "gpt2_sentiment.py --reward-model rm --kl-coef 0.5",
-    "gpt2_sentiment.py --reward-model rm --kl-coef 0 --kl-target None --total-episodes 5120"
-    " --learning-rate 1e-3",
+    f"gpt2_sentiment.py --reward-model rm {NO_PENALTY}",
+    "gpt2_sentiment.py --reward-model rm256 --kl-coef 0.5",
+    f"gpt2_sentiment.py --reward-model rm256 {NO_PENALTY}",
 ]
 
 if __name__ == "__main__":

@@ -528,6 +528,16 @@ def test_resume_takes_no_other_flags(uninterrupted, capsys):
     stops({"resume": Path("nowhere")}, "--resume", capsys)
 
 
+def test_a_missing_reward_model_is_said_to_be_missing_before_pretraining(monkeypatch, capsys):
+    monkeypatch.setattr(gpt2, "pretrain_gpt2", None)
+    stops({"reward_model": Path("nowhere")}, "--reward-model nowhere", capsys)
+
+
+def test_resume_refuses_a_checkpoint_of_another_version(tmp_path, capsys):
+    torch.save({"args": {"another_flag": 1}}, tmp_path / "checkpoint.pt")
+    stops({"resume": tmp_path}, "another version", capsys)
+
+
 # ---------------------------------------------------------------- Several processes
 
 
@@ -582,8 +592,9 @@ def test_two_processes_do_what_one_does(tmp_path, default_result):
     assert sorted(os.listdir(tmp_path)) == ["one", "other.py", "runs", "two"]
 
 
-def test_a_rank_without_a_world_is_a_run_of_its_own(monkeypatch, tmp_path, default_result):
-    monkeypatch.setenv("RANK", "1")
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_a_rank_without_a_world_is_a_run_of_its_own(name, monkeypatch, tmp_path, default_result):
+    monkeypatch.setenv(name, "2")
     assert run(save_dir=tmp_path / "saved") == default_result
     assert (tmp_path / "saved" / "model.safetensors").exists()
 

@@ -127,6 +127,26 @@ def test_rewards_that_do_not_fit_are_named(script, kind, monkeypatch, capsys):
     assert "reward returned" in error and said in error
 
 
+@each_script
+def test_a_reward_may_change_what_it_gets(script, monkeypatch):
+    def reward(_, responses):
+        responses.fill_(3)
+        return torch.ones(len(responses))
+
+    monkeypatch.setattr(script, "reward", reward)
+    responses = torch.zeros(2, 3, dtype=torch.long)
+    script.get_scores(torch.zeros(2), responses)
+    assert responses.max() == 0
+
+
+@pytest.mark.parametrize("kind", ["column", "infinite"])
+def test_process_rewards_that_do_not_fit_are_named(kind, monkeypatch, capsys):
+    rewards = torch.full((32, 1), 1.0) if kind == "column" else torch.full((32, 3), torch.inf)
+    monkeypatch.setattr(reinforce, "process_reward", lambda *_: rewards)
+    error = refused(reinforce, capsys, reward="process")
+    assert "process_reward" in error and "(32, 3)" in error
+
+
 # ---------------------------------------------------------------------------- Another task
 @each_script
 def test_a_task_with_other_sums_is_split_in_the_same_way(script, monkeypatch):
@@ -366,6 +386,42 @@ def test_without_a_keyboard_nothing_is_asked(tmp_path, monkeypatch, capsys):
     flags = {"num_examples": reward_model.Args.num_examples, "epochs": reward_model.Args.epochs}
     error = refused(reward_model, capsys, annotate=3, preferences=Path("mine.jsonl"), **flags)
     assert "standard input" in error and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script,flag", [(ppo, "reward_model"), (grpo, "reward_model")])
+def test_a_missing_file_is_said_to_be_missing(script, flag, capsys):
+    error = refused(script, capsys, **{flag: Path("nowhere.pt")})
+    assert f"--{flag.replace('_', '-')} nowhere.pt" in error and "No such file" in error
+
+
+def test_a_missing_policy_is_said_to_be_missing(capsys):
+    error = refused(reward_model, capsys, policy=Path("nowhere.pt"), sft_steps=100)
+    assert "--policy nowhere.pt" in error and "No such file" in error
+
+
+def ask(answers, policy):
+    """Let a person with these answers (bytes) judge two pairs of the policy's responses."""
+    prompts = reward_model.make_prompts("cpu")[0]
+    stdin = io.TextIOWrapper(io.BytesIO(answers), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", stdin)
+        reward_model.annotate(policy, prompts, "mine.jsonl", 2)
+    return Path("mine.jsonl").read_text().count("\n")
+
+
+def test_an_answer_that_cannot_be_read_ends_the_questions():
+    torch.manual_seed(1)
+    assert ask(b"a\n\xff\na\n", reward_model.GPT()) <= 1
+
+
+def test_a_policy_without_two_responses_ends_the_questions(monkeypatch, capsys):
+    def generate(_, prompts, temperature):
+        return torch.zeros(len(prompts), 3, dtype=torch.long)
+
+    monkeypatch.setattr(reward_model, "generate", generate)
+    with pytest.raises(SystemExit) as stop:
+        ask(b"a\n", None)
+    assert stop.value.code == 2 and "--annotate" in capsys.readouterr().err
 
 
 def test_questions_refuse_a_file_in_another_encoding(tmp_path, capsys):
