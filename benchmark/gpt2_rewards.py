@@ -3,7 +3,7 @@
     python benchmark/gpt2_rewards.py    # results: benchmark/results/gpt2_rewards.json
 
 The reward model is trained by gpt2_reward_model.py with the same seed; PPO never sees the true
-reward. One that is overfitted to 256 pairs is over-optimised: the true reward falls again.
+reward. One that is overfitted to 256 pairs may be over-optimised: the true reward falls again.
 """
 
 from run import FIVE_SEEDS, run_commands
