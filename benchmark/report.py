@@ -257,7 +257,8 @@ def hacking_table():
             cells.append(spread([run[name][-1] for run in runs], 2))
         lines.append(row([*cells, spread([run["kl"][-1] for run in runs], 2)]))
     seeds = seed_range(sorted({run["seed"] for run in found["runs"]}))
-    note = f"`{found['command']}`: seeds {seeds}, mean ± standard deviation."
+    seconds = f"{found['cpu_seconds']:,} CPU seconds"
+    note = f"`{found['command']}`: seeds {seeds}, mean ± standard deviation; {seconds}."
     return "\n".join([*lines, "", note])
 
 
