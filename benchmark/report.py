@@ -85,18 +85,27 @@ def load(name):
     return json.loads(path.read_text())
 
 
+# With these flags the loss has another aim than J with the β of the command.
+OTHER_AIMS = ["--reward process", "--loss-type ipo", "--loss-type hinge", "--length-normalize"]
+
+
 def metrics_table(results, first, columns):
     """A row per command, a column per metric. columns: {title: metric}."""
     if not results:
         return None
     lines = header([first, *columns])
     for command, result in results.items():
-        lines.append(row([f"`{command}`", *[spread(column(result, m)) for m in columns.values()]]))
+        cells = [f"`{command}`"]
+        for metric in columns.values():
+            if metric == "normalised_gain" and any(flags in command for flags in OTHER_AIMS):
+                cells.append("–")
+            else:
+                cells.append(spread(column(result, metric)))
+        lines.append(row(cells))
     return "\n".join([*lines, "", footnote(results)])
 
 
 # ---------------------------------------------------------------------------- Tables
-OTHER_AIMS = ["--reward process", "--loss-type ipo", "--loss-type hinge", "--length-normalize"]
 POLICY_COLUMNS = {
     "held-out success": "success",
     "normalised gain": "normalised_gain",
@@ -199,17 +208,7 @@ def reward_data_table():
 
 
 def variants_table():
-    """The normalised gain is left out where the loss has another aim than J with this β."""
-    results = load("variants")
-    if not results:
-        return None
-    lines = header(["command", *POLICY_COLUMNS])
-    for command, result in results.items():
-        cells = [spread(column(result, metric)) for metric in POLICY_COLUMNS.values()]
-        if any(flags in command for flags in OTHER_AIMS):
-            cells[1] = "–"
-        lines.append(row([f"`{command}`", *cells]))
-    return "\n".join([*lines, "", footnote(results)])
+    return metrics_table(load("variants"), "command", POLICY_COLUMNS)
 
 
 def kl_coef_table():
@@ -289,8 +288,16 @@ def provenance_table():
     """Which command made the numbers of a page, when, from which commit, and on what machine."""
     rows = set()
     machines = set()
-    names = ["runs", "variants", "kl_coef", "stability", "reward_data", "gpt2_rewards"]
-    for name in [*names, "optimizers"]:
+    names = [
+        "runs",
+        "variants",
+        "kl_coef",
+        "stability",
+        "reward_data",
+        "gpt2_rewards",
+        "optimizers",
+    ]
+    for name in names:
         for result in load(name).values():
             machine = result["machine"]
             rows.add((f"`{result['command']}`", machine["date"], machine["commit"]))

@@ -119,7 +119,6 @@ def read_results(run):
         row = folder.name.rpartition("-")[0]
         for tag, events in read_scalars(folder).items():
             results[f"{row}/{tag}"] = events[-1].value
-            results[f"{row}/seconds"] = events[-1].wall_time - events[0].wall_time
     return results
 
 
@@ -179,9 +178,8 @@ def measure(command, seed, threads):
         result["largest_fall"] = round(largest_fall(output), 3)
     if script == "gpt2_sentiment.py":  # means of five rollouts, whose rewards are noisy
         true_scores = scalars["charts/true_score"]
-        fives = [true_scores[i : i + 5] for i in range(0, len(true_scores), 5)]
-        means = [sum(event.value for event in five) / len(five) for five in fives]
-        result["highest_true_score"] = round(max(means), 5)
+        points = average_points(true_scores, max(1, len(true_scores) // 5))
+        result["highest_true_score"] = max(value for _, value in points)
     result["seconds"] = round(seconds, 1)
     result["cpu_seconds"] = round(cpu_seconds, 1)
     return {"seed": seed, **result, "curve": curve}, output
