@@ -147,6 +147,17 @@ def test_process_rewards_that_do_not_fit_are_named(kind, monkeypatch, capsys):
     assert "process_reward" in error and "(32, 3)" in error
 
 
+def test_a_process_reward_may_change_what_it_gets(monkeypatch):
+    def spoil(_, responses):
+        responses.fill_(3)
+        return torch.ones(32, 3)
+
+    monkeypatch.setattr(reinforce, "process_reward", lambda *_: torch.ones(32, 3))
+    expected = reinforce.main(few(reinforce, reward="process"))
+    monkeypatch.setattr(reinforce, "process_reward", spoil)
+    assert reinforce.main(few(reinforce, reward="process")) == expected
+
+
 # ---------------------------------------------------------------------------- Another task
 @each_script
 def test_a_task_with_other_sums_is_split_in_the_same_way(script, monkeypatch):
@@ -388,10 +399,10 @@ def test_without_a_keyboard_nothing_is_asked(tmp_path, monkeypatch, capsys):
     assert "standard input" in error and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("script,flag", [(ppo, "reward_model"), (grpo, "reward_model")])
-def test_a_missing_file_is_said_to_be_missing(script, flag, capsys):
-    error = refused(script, capsys, **{flag: Path("nowhere.pt")})
-    assert f"--{flag.replace('_', '-')} nowhere.pt" in error and "No such file" in error
+@pytest.mark.parametrize("script", [ppo, grpo], ids=["ppo", "grpo"])
+def test_a_missing_reward_model_is_said_to_be_missing(script, capsys):
+    error = refused(script, capsys, reward_model=Path("nowhere.pt"))
+    assert "--reward-model nowhere.pt" in error and "No such file" in error
 
 
 def test_a_missing_policy_is_said_to_be_missing(capsys):
