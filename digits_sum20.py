@@ -247,7 +247,7 @@ def check_args(args):
 
 
 # ---------------------------------------------------------------------------- Task
-# Shapes: N prompts, A = 100 answers, M samples per prompt. Answer a is the digits divmod(a, 10).
+# Shapes: N prompts, M samples per prompt. Answer number a of the 100 is the digits divmod(a, 10).
 TARGET = 20
 
 
@@ -267,7 +267,7 @@ def split_prompts():
 
 
 def answer_sums(prompts):
-    """The sum of all five digits, for every prompt with every answer: (N, 3) to (N, A)."""
+    """The sum of all five digits, for every prompt with every answer: (N, 3) to (N, 100)."""
     answers = torch.arange(100)
     return prompts.sum(1, keepdim=True) + answers // 10 + answers % 10
 
@@ -282,8 +282,8 @@ def shaped_reward(sums, kind):
     square             1     0.99  0.96  0.75  0      -2.24
 
     Why square generalises best: with an entropy bonus c the optimal policy is π ∝ exp(reward / c).
-    If s is the sum of the prompt and d that of the answer, the squared distance is
-    (s - 20)² + 2·(s - 20)·d + d². The first term is the same for all answers, so it drops out of π.
+    If s is the sum of the prompt and a that of the answer, the squared distance is
+    (s - 20)² + 2·(s - 20)·a + a². The first term is the same for all answers, so it drops out of π.
     What is left is linear in s, and a linear function is the easiest to extend to new prompts.
     """
     distance = (sums - TARGET).abs()
@@ -303,13 +303,13 @@ def one_hot(prompts):
 
 
 def make_model(hidden_dim):
-    """From inputs (N, 30) to the logits of all answers (N, A)."""
+    """From inputs (N, 30) to the logits of all answers (N, 100)."""
     return nn.Sequential(nn.Linear(30, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 100))
 
 
 # ---------------------------------------------------------------------------- SL and RL
 def sl_loss(logprobs, correct):
-    """Cross-entropy, averaged over all correct answers to all prompts. Both inputs (N, A).
+    """Cross-entropy, averaged over all correct answers to all prompts. Both inputs (N, 100).
 
     The post trains on 4,504 examples: one for every correct answer to every training prompt. The
     examples of a prompt have the same logits, so one row per prompt gives the same loss in a sixth
@@ -319,7 +319,7 @@ def sl_loss(logprobs, correct):
 
 
 def sample_weights(correct, samples_per_prompt):
-    """The weight of each sample in the mean over all samples. correct: (N, A); returns (N, M).
+    """The weight of each sample in the mean over all samples. correct: (N, 100); returns (N, M).
 
     With samples_per_prompt = 0 a prompt has as many samples as correct answers, as in the post. M
     is then the largest such number, and the surplus samples of the other prompts get weight 0: with
@@ -335,7 +335,7 @@ def sample_weights(correct, samples_per_prompt):
 def leave_one_out(rewards):
     """Rewards minus the mean reward of the prompt's other samples. (N, M) to (N, M)
 
-    The gradient has less noise than with the rewards themselves, and the same expectation.
+    The gradient has the same expectation as with the rewards themselves and, as a rule, less noise.
     """
     num_others = rewards.shape[1] - 1
     mean_of_others = (rewards.sum(1, keepdim=True) - rewards) / num_others
@@ -343,7 +343,7 @@ def leave_one_out(rewards):
 
 
 def rl_loss(logprobs, answers, advantages, weights, ent_coef):
-    """REINFORCE with an entropy bonus. logprobs: (N, A); answers, advantages, weights: (N, M)."""
+    """REINFORCE with an entropy bonus. logprobs: (N, 100); answers, advantages, weights: (N, M)."""
     chosen = logprobs.gather(1, answers)  # (N, M)
     entropy = -(logprobs.exp() * logprobs).sum(1, keepdim=True)  # (N, 1)
     return -(weights * (advantages * chosen + ent_coef * entropy)).sum()
@@ -377,8 +377,8 @@ def measure(model, prompts):
     most probable answers. cross_entropy: the SL loss. entropy: of the policy, in nats, averaged
     over the prompts.
     """
-    logprobs = model(one_hot(prompts)).log_softmax(1)  # (N, A)
-    correct = answer_sums(prompts) == TARGET  # (N, A)
+    logprobs = model(one_hot(prompts)).log_softmax(1)  # (N, 100)
+    correct = answer_sums(prompts) == TARGET  # (N, 100)
     answers = logprobs.argmax(1, keepdim=True)  # (N, 1)
     return {
         "accuracy": correct.gather(1, answers).float().mean().item(),
@@ -446,10 +446,10 @@ def train(args, folder, verbose):
 
     train_prompts, test_prompts = split_prompts()
     inputs = one_hot(train_prompts)  # (N, 30)
-    sums = answer_sums(train_prompts)  # (N, A)
-    correct = sums == TARGET  # (N, A)
+    sums = answer_sums(train_prompts)  # (N, 100)
+    correct = sums == TARGET  # (N, 100)
     if args.reward is not None:
-        reward_table = shaped_reward(sums, args.reward)  # (N, A)
+        reward_table = shaped_reward(sums, args.reward)  # (N, 100)
         weights = sample_weights(correct, args.samples_per_prompt)  # (N, M)
     writer = None
     if folder is not None:
@@ -468,7 +468,7 @@ def train(args, folder, verbose):
         progress = (epoch - sft_epochs) / (args.epochs - sft_epochs)
         learning_rate = linear_decay(args.learning_rate, args.learning_rate_final, progress)
         optimizer.param_groups[0]["lr"] = learning_rate
-        logprobs = model(inputs).log_softmax(1)  # (N, A)
+        logprobs = model(inputs).log_softmax(1)  # (N, 100)
 
         if args.reward is None:
             loss = sl_loss(logprobs, correct)
@@ -570,13 +570,13 @@ def main(args):
         writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *lines]))
         writer.close()
 
-    # In parallel only if this file is the main program: a spawned worker first imports the main
-    # program, and another one might start everything again.
+    # In parallel only if this file is the main program. A spawned worker first imports the main
+    # program; one without the guard at the end of this file would start everything again.
     if len(jobs) > 1 and __name__ == "__main__":
         outcomes = train_in_parallel(jobs, folders)
     else:
         verbose = len(jobs) == 1
-        outcomes = (train(*job, verbose) for job in zip(jobs, folders, strict=True))
+        outcomes = (train(job, folder, verbose) for job, folder in zip(jobs, folders, strict=True))
 
     results = {method: [] for method in methods}
     answers = {}
@@ -594,11 +594,12 @@ def main(args):
         shown = ["rl", "rl-improved"]  # one that collapsed, one that did not
     _, test_prompts = split_prompts()
     for method in shown:
-        print(f"\nMost probable answers of {method} to held-out prompts, seed {job.seed}:")
+        last_seed = args.seed + args.num_seeds - 1
+        print(f"\nMost probable answers of {method} to held-out prompts, seed {last_seed}:")
         print_answers(test_prompts[:10].tolist(), answers[method])
     means = {}
     for method, runs in results.items():
-        for name in metrics:
+        for name in runs[0]:
             means[f"{method}/{name}"] = statistics.mean(run[name] for run in runs)
     return means
 

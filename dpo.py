@@ -3,7 +3,8 @@
     minimise over π:  L(π) = -E[log σ(β·h)],   h = log[π(w|x)/π_ref(w|x)] - log[π(l|x)/π_ref(l|x)]
 
 Each pair has two responses to the prompt x: w was preferred to l. Take gradient steps on the
-pairs in random order. Later rounds add new pairs, sampled from the current policy.
+pairs in random order. With --rounds, repeat: each round adds new pairs, sampled from the current
+policy.
 
 DPO: Rafailov et al. 2023 (arXiv:2305.18290). Rounds (iterative DPO): Xu et al. 2023
 (arXiv:2312.16682); with new pairs at every step: Guo et al. 2024 (arXiv:2402.04792).
@@ -49,7 +50,7 @@ from torch.utils.tensorboard import SummaryWriter
 @dataclass
 class Args:
     seed: int = 1  # random seed (the train/held-out split of the prompts is fixed)
-    device: Literal["cpu", "cuda"] = "cpu"  # for this tiny model the CPU is faster
+    device: Literal["cpu", "cuda"] = "cpu"  # this tiny model needs no GPU
     tensorboard: bool = True  # log curves to runs/ (view with: tensorboard --logdir runs)
     save_path: Path | None = None  # file for the final weights and the flags
 
@@ -96,9 +97,11 @@ def check_args(args):
         (args.minibatch_size >= 1, f"--minibatch-size {args.minibatch_size} must be at least 1"),
         (0 < args.learning_rate < 1, f"--learning-rate {args.learning_rate} must be in (0, 1)"),
         (0 < args.max_grad_norm < 1e6, f"--max-grad-norm {args.max_grad_norm} must be in (0, 1e6)"),
-        (args.rounds >= 1, f"--rounds {args.rounds} must be at least 1"),
         (args.num_pairs >= 1, f"--num-pairs {args.num_pairs} must be at least 1"),
-        (args.num_pairs % max(1, args.rounds) == 0, "--rounds must divide --num-pairs"),
+        (
+            args.rounds >= 1 and args.num_pairs % args.rounds == 0,
+            f"--rounds {args.rounds} must be at least 1 and divide --num-pairs",
+        ),
         (
             1e-6 < args.annotator_temperature < 1e6,
             f"--annotator-temperature {args.annotator_temperature} must be in (1e-6, 1e6)",
@@ -107,11 +110,14 @@ def check_args(args):
         (0 <= smoothing < 0.5, f"--label-smoothing {smoothing} must be in [0, 0.5)"),
     ]
     if args.save_path is not None:
-        save_path = Path(args.save_path)
+        save_path = Path(args.save_path)  # may be a str, if main is called from Python
         writable = is_writable(save_path.parent)
         free = save_path.is_file() or not os.path.lexists(save_path)
         rules.append((writable, f"--save-path {save_path}: its folder is missing or not writable"))
         rules.append((free, f"--save-path {save_path} exists and is not a file; choose another"))
+        if args.preferences is not None:
+            new = save_path.resolve() != Path(args.preferences).resolve()
+            rules.append((new, "--save-path would overwrite --preferences; choose another file"))
     if args.loss_type in ("ipo", "hinge"):
         rules.append((smoothing == 0, f"--loss-type {args.loss_type} has no --label-smoothing"))
     if args.loss_type == "robust":
@@ -119,18 +125,15 @@ def check_args(args):
     if args.preferences is not None:
         rules.append((args.rounds == 1, "--rounds cannot be combined with --preferences"))
         for flag in ("num_pairs", "annotator_temperature"):
-            unused = getattr(args, flag) == getattr(Args, flag)
-            rules.append((unused, f"--{flag.replace('_', '-')} has no effect with --preferences"))
-    elif args.loss_type == "robust" and 1e-6 < args.annotator_temperature < 1e6:
-        # Beyond the annotator's own error rate, σ(-1/τ), the expected loss has no minimum. (The 1
-        # is the largest difference of two rewards.)
-        # (The sigmoid, written so that it cannot overflow.)
-        error_rate = 0.5 - 0.5 * math.tanh(0.5 / args.annotator_temperature)
+            is_default = getattr(args, flag) == getattr(Args, flag)
+            name = flag.replace("_", "-")
+            rules.append((is_default, f"--{name} has no effect with --preferences"))
+    elif args.loss_type == "robust" and args.annotator_temperature > 0:
+        # See dpo_loss. For rewards of 0 and 1 the annotator's error rate is σ(-1/τ); tanh, unlike
+        # exp, cannot overflow: σ(-z) = (1 - tanh(z/2)) / 2.
+        error_rate = (1 - math.tanh(0.5 / args.annotator_temperature)) / 2
         valid = smoothing < error_rate
         rules.append((valid, f"--loss-type robust: --label-smoothing must be < {error_rate:.3f}"))
-    if args.preferences is not None and args.save_path is not None:
-        same = save_path.resolve() == Path(args.preferences).resolve()
-        rules.append((not same, "--save-path would overwrite --preferences; choose another file"))
     for valid, error in rules:
         if not valid:
             fail(error)
@@ -427,7 +430,7 @@ def pair_logprobs(gpt, prompts, chosen, rejected, length_normalize):
 
 @torch.no_grad()
 def reference_logprobs(reference, prompts, chosen, rejected, length_normalize, minibatch_size):
-    """pair_logprobs of the reference for all pairs, both (N,). They never change.
+    """pair_logprobs of the reference for all pairs, both (N,). The reference never changes.
 
     Computed in minibatches, so that the logits of a whole data set need not fit in memory.
     """
@@ -466,10 +469,10 @@ def dpo_loss(chosen_logratios, rejected_logratios, ties, beta, loss_type, label_
     labels flipped with probability ε is the sigmoid loss on the true labels. A tie counts half
     each way.
 
-    robust needs ε below the smallest probability with which the annotator prefers the worse
-    response, σ(-1/τ) for rewards of 0 and 1. From there on, one order of a pair has no positive
-    expected weight, so the expected loss has no minimum and h diverges. For pairs judged only once
-    that is so for any ε: train for few epochs.
+    robust needs ε below the probability that the annotator prefers the worse response: σ(-1/τ) for
+    rewards of 0 and 1. From that value on, the loss of this order of the pair has an expected
+    weight of 0 or less, so the expected loss has no minimum and h goes to infinity. With one label
+    per pair that happens for any ε: train for few epochs.
     """
     h = chosen_logratios - rejected_logratios
     chosen_weight = torch.full_like(h, 1 - label_smoothing)
@@ -480,7 +483,7 @@ def dpo_loss(chosen_logratios, rejected_logratios, ties, beta, loss_type, label_
     losses = losses + (1 - chosen_weight) * pair_loss(-h, beta, loss_type)
     loss = losses.mean()
     with torch.no_grad():
-        # A tie, or h = 0 (the reference's preference), is half right.
+        # A tie counts half, and so does h = 0: the policy prefers neither more than the reference.
         correct = torch.where(ties, 0.5, (h.sign() + 1) / 2)
         metrics = {
             "losses/loss": loss.detach(),
@@ -515,7 +518,7 @@ def main(args):
     device = args.device
     start_time = time.time()
 
-    # Policy and reference.
+    # Policy and reference. The file is read before the SFT: a bad line is reported at once.
     train_prompts, train_targets, test_prompts, test_targets = make_prompts(device)
     if args.preferences is not None:
         preferences = read_preferences(args.preferences, test_prompts)
@@ -598,7 +601,7 @@ def main(args):
                 if step % max(1, num_steps * args.rounds // 20) != 0 and step < num_steps:
                     continue
                 if not grad_norm.isfinite():
-                    fail(f"gradient not finite in step {step}; lower --learning-rate")
+                    fail(f"gradient not finite by step {step}; lower --learning-rate")
                 seconds = time.time() - loop_start_time
                 # Round k trains on the pairs of k rounds, so it takes k times as long as the first.
                 done = (round_number - 1) * round_number / 2 + round_number * step / num_steps

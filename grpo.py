@@ -1,12 +1,17 @@
 """GRPO for language models: PPO without a critic. Each response is compared with its group.
 
-    maximise over π:  J(π) = E[R(x, y)] - β · KL(π ‖ π_ref)
+    maximise over π:  J(π) = E[R(x, y)] - β · KL(π ‖ π_ref)    (prompts x, responses y ~ π)
 
 Repeat: sample a group of responses to each prompt; the advantage of every token is its response's
 score minus the group's mean; take a few gradient steps on the clipped probability ratio π/π_old,
-with the KL to the reference as a loss term (see kl_penalty for what its gradient lacks).
+with the KL to the reference as a loss term.
 
-The defaults are simpler than the papers. The losses as published:
+This maximises J only roughly: by default the tokens of short responses count more (see
+compute_loss_weights), β acts like β·G/(G-1) (group_advantages), and the KL loss ignores a token's
+effect on later ones (kl_penalty).
+
+The default is GRPO without the division by the group's standard deviation, and with a KL estimator
+whose gradient is right (k3-iw). The losses as published:
 
   GRPO      --scale-rewards group --kl-estimator k3                         (arXiv:2402.03300)
   Dr. GRPO  --loss-type dr-grpo --kl-coef 0                                 (arXiv:2503.20783)
@@ -16,7 +21,7 @@ The defaults are simpler than the papers. The losses as published:
             --clip-coef 3e-4 --clip-coef-high 4e-4
   CISPO     --loss-type cispo --scale-rewards group --kl-coef 0             (arXiv:2506.13585)
 
-Left out: GRPO's process supervision, and its new references and reward models during training;
+Left out: GRPO's process supervision and iterative training (new reference and reward model);
 DAPO's dynamic sampling and its penalty for overlong responses.
 
 The task: given three digits, write two more and EOS so that all five sum to 20. A small GPT is
@@ -52,7 +57,7 @@ from torch.utils.tensorboard import SummaryWriter
 @dataclass
 class Args:
     seed: int = 1  # random seed (the train/held-out split of the prompts is fixed)
-    device: Literal["cpu", "cuda"] = "cpu"  # for this tiny model the CPU is faster
+    device: Literal["cpu", "cuda"] = "cpu"  # this tiny model needs no GPU
     tensorboard: bool = True  # log curves to runs/ (view with: tensorboard --logdir runs)
     save_path: Path | None = None  # file for the final weights and the flags
 
@@ -69,7 +74,7 @@ class Args:
 
     # GRPO
     group_size: int = 4  # responses per prompt
-    kl_coef: float = 0.05  # β: price of a nat of KL(policy ‖ reference), in units of reward
+    kl_coef: float = 0.05  # β: weight of KL(policy ‖ reference), in units of reward per nat
     loss_type: Literal["grpo", "dr-grpo", "dapo", "gspo", "cispo"] = "grpo"  # see grpo_loss
     scale_rewards: Literal["none", "group", "batch"] = "none"  # divide advantages by this std
     clip_coef: float = 0.2  # ε: clipping range of the probability ratio π/π_old
@@ -98,10 +103,9 @@ def check_args(args):
         (args.batch_size >= 1, f"--batch-size {args.batch_size} must be at least 1"),
         (args.total_episodes >= args.batch_size, "--total-episodes must be at least --batch-size"),
         (args.update_epochs >= 1, f"--update-epochs {args.update_epochs} must be at least 1"),
-        (args.num_minibatches >= 1, f"--num-minibatches {args.num_minibatches} must be at least 1"),
         (
-            args.batch_size % max(1, args.num_minibatches) == 0,
-            "--num-minibatches must divide --batch-size",
+            args.num_minibatches >= 1 and args.batch_size % args.num_minibatches == 0,
+            f"--num-minibatches {args.num_minibatches} must be at least 1 and divide --batch-size",
         ),
         (0 < args.learning_rate < 1, f"--learning-rate {args.learning_rate} must be in (0, 1)"),
         (0 < args.max_grad_norm < 1e6, f"--max-grad-norm {args.max_grad_norm} must be in (0, 1e6)"),
@@ -112,17 +116,17 @@ def check_args(args):
         (0 < args.clip_coef < 1e6, f"--clip-coef {args.clip_coef} must be in (0, 1e6)"),
     ]
     if args.save_path is not None:
-        save_path = Path(args.save_path)
+        save_path = Path(args.save_path)  # may be a str, if main is called from Python
         writable = is_writable(save_path.parent)
         free = save_path.is_file() or not os.path.lexists(save_path)
         rules.append((writable, f"--save-path {save_path}: its folder is missing or not writable"))
         rules.append((free, f"--save-path {save_path} exists and is not a file; choose another"))
+        if args.reward_model is not None:
+            new = save_path.resolve() != Path(args.reward_model).resolve()
+            rules.append((new, "--save-path would overwrite --reward-model; choose another file"))
     if args.clip_coef_high is not None:
         valid = 0 < args.clip_coef_high < 1e6
         rules.append((valid, f"--clip-coef-high {args.clip_coef_high} must be in (0, 1e6)"))
-    if args.reward_model is not None and args.save_path is not None:
-        same = save_path.resolve() == Path(args.reward_model).resolve()
-        rules.append((not same, "--save-path would overwrite --reward-model; choose another file"))
     for valid, error in rules:
         if not valid:
             fail(error)
@@ -385,13 +389,13 @@ def group_advantages(scores, group_size, scale_rewards):
     """Score minus the mean score of the group. scores: (B,), groups adjacent; returns (B,).
 
     Then optionally divided by a population standard deviation of the scores:
-    none   (arXiv:2503.20783): with --loss-type dr-grpo the policy gradient, except that each score
-           is part of its own baseline: the expected gradient of the reward shrinks to (G-1)/G of
-           the true one, and β acts like β·G/(G-1). To undo this, multiply --kl-coef by (G-1)/G.
+    none   (arXiv:2503.20783): not divided. Each score is part of its own baseline, so at π = π_old
+           the expected gradient of the reward is (G-1)/G of what it would be with the mean of the
+           others, and β acts like β·G/(G-1). To undo this, multiply --kl-coef by (G-1)/G.
     group  (arXiv:2402.03300): of the group. Raises the weight of prompts that are nearly always or
            nearly never solved, so training no longer aims at the maximum of J.
-    batch  (arXiv:2508.08221): of the batch. Scales all prompts alike, but more and more as the
-           scores agree, so that β counts for less and less.
+    batch  (arXiv:2508.08221): of the batch, the same for every prompt. It shrinks as the scores
+           become equal: the advantages then grow, and β counts for less.
     """
     groups = scores.view(-1, group_size)
     # Subtract the group's lowest score first, so that equal scores give an advantage of exactly 0.
@@ -405,7 +409,7 @@ def group_advantages(scores, group_size, scale_rewards):
     return advantages.flatten()
 
 
-def token_weights(mask, loss_type):
+def compute_loss_weights(mask, loss_type):
     """Loss weight of the tokens of each response (B,), from the mask (B, R) of a whole rollout.
 
     grpo, gspo:   mean over the tokens of each response, then over responses (arXiv:2402.03300,
@@ -424,14 +428,18 @@ def token_weights(mask, loss_type):
     return 1 / divisor
 
 
-def grpo_loss(logprobs, old_logprobs, advantages, mask, weights, loss_type, clip_low, clip_high):
-    """Clipped surrogate objective, negated. logprobs, mask: (B, R); advantages, weights: (B,).
+def grpo_loss(
+    logprobs, old_logprobs, advantages, mask, loss_weights, loss_type, clip_low, clip_high
+):
+    """Clipped surrogate objective, negated.
 
-    grpo, dr-grpo, dapo: PPO's. They differ only in the weights.
+    logprobs, old_logprobs, mask: (B, R); advantages, loss_weights: (B,).
+    grpo, dr-grpo, dapo: clip the ratio of each token, as PPO does. They differ only in
+            loss_weights.
     gspo:   clips one ratio per response, the geometric mean of its token ratios (arXiv:2507.18071,
             eq. 7). It varies less, so the paper clips at 3e-4 below and 4e-4 above.
-    cispo:  clips the weight of log π, not the objective, so no token loses its gradient
-            (arXiv:2506.13585, eq. 5). As in the paper there is no lower bound.
+    cispo:  clips the ratio and takes it as a constant factor of log π, so no token loses its
+            gradient (arXiv:2506.13585, eq. 5). As in the paper there is no lower bound.
     """
     logratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     token_ratio = logratio.exp()
@@ -454,20 +462,22 @@ def grpo_loss(logprobs, old_logprobs, advantages, mask, weights, loss_type, clip
             "clipfrac": masked_mean((ratio != clipped).float(), mask),
             "ratio": masked_mean(token_ratio, mask),  # 1, up to rounding, at a rollout's first step
         }
-    return -(masked_sum(objective, mask) * weights).mean(), metrics
+    return -(masked_sum(objective, mask) * loss_weights).mean(), metrics
 
 
 def kl_penalty(logprobs, old_logprobs, ref_logprobs, mask, kl_estimator):
     """KL(policy ‖ reference) at each token, for the loss, from the sampled tokens. (B, R)
 
-    Let d = log π - log π_ref. Listed: each estimator and its expected gradient, token by token.
-    k1     d: zero as long as π = π_old, and blind to π_ref ever after, so it is not offered.
+    Estimators by http://joschu.net/blog/kl-approx.html, with d = log π - log π_ref. After each: the
+    KL whose gradient it has on average over the sampled token, given the tokens before it.
+    k1     d: none. At π = π_old its expected gradient is 0, and π_ref is never in its gradient, so
+           it is not offered.
     k2     d²/2: that of KL(π ‖ π_ref), as long as π = π_old.
     k3     exp(-d) - 1 + d: that of KL(π_ref ‖ π), the other direction, as long as π = π_old.
     k3-iw  k3 · π/π_old, importance-weighted: that of KL(π ‖ π_ref), also after π has moved
            (DeepSeek-V3.2, arXiv:2512.02556).
-    full   token_kl, not this function: that of KL(π ‖ π_ref), without the noise of
-           sampling this token.
+    full   token_kl, not this function: that of KL(π ‖ π_ref), without the noise of sampling the
+           token.
 
     A per-token KL loss ignores a token's effect on later prefixes; charging k1 in the reward
     (ppo.py, reinforce.py) accounts for it.
@@ -560,9 +570,10 @@ def main(args):
 
         # 2. Advantages: how much better each response did than its group.
         advantages = group_advantages(scores, args.group_size, args.scale_rewards)  # (B,)
-        loss_weights = token_weights(mask, args.loss_type)  # (B,)
+        loss_weights = compute_loss_weights(mask, args.loss_type)  # (B,)
 
-        # 3. Update: minibatch steps on the clipped objective. They may split a group.
+        # 3. Update: several epochs of minibatch steps on the clipped objective. A minibatch may
+        # split a group, as the advantages are already known.
         steps = []  # the metrics of each gradient step
         for _ in range(args.update_epochs):
             for rows in torch.randperm(args.batch_size, device=device).split(minibatch_size):
@@ -596,18 +607,19 @@ def main(args):
 
                 optimizer.zero_grad()
                 loss.backward()
-                metrics["grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()
 
                 with torch.no_grad():
                     entropy = -(logits.softmax(2) * logits.log_softmax(2)).sum(2)  # (B, R)
                     entropy = masked_sum(entropy, mask[rows]).mean()
+                metrics["grad_norm"] = grad_norm
                 metrics["policy_loss"] = pg_loss.detach()
                 metrics["kl_loss"] = kl_loss.detach()
                 metrics["entropy"] = entropy
                 steps.append(metrics)
 
-        if not metrics["grad_norm"].isfinite():
+        if not grad_norm.isfinite():
             fail(f"gradient not finite in rollout {rollout}; lower --learning-rate")
 
         # 4. Log.
@@ -627,6 +639,7 @@ def main(args):
             for name in metrics:
                 mean = torch.stack([step[name] for step in steps]).mean()
                 writer.add_scalar(f"losses/{name}", mean, episodes)
+            writer.add_scalar("losses/ratio_first", steps[0]["ratio"], episodes)  # about 1
             # The share of groups whose scores are all equal: they have no policy gradient.
             equal = (advantages.view(-1, args.group_size) == 0).all(1)
             writer.add_scalar("charts/equal_groups", equal.float().mean(), episodes)

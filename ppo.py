@@ -1,6 +1,6 @@
 """PPO for language models: maximise a reward while staying close to a reference policy.
 
-    maximise over π:  J(π) = E[R(x, y)] - β · KL(π ‖ π_ref)
+    maximise over π:  J(π) = E[R(x, y)] - β · KL(π ‖ π_ref)    (prompts x, responses y ~ π)
 
 Repeat: sample responses; score them and compute per-token advantages with a critic (GAE); take a
 few gradient steps on the clipped probability ratio π/π_old.
@@ -42,7 +42,7 @@ from torch.utils.tensorboard import SummaryWriter
 @dataclass
 class Args:
     seed: int = 1  # random seed (the train/held-out split of the prompts is fixed)
-    device: Literal["cpu", "cuda"] = "cpu"  # for this tiny model the CPU is faster
+    device: Literal["cpu", "cuda"] = "cpu"  # this tiny model needs no GPU
     tensorboard: bool = True  # log curves to runs/ (view with: tensorboard --logdir runs)
     save_path: Path | None = None  # file for the final weights and the flags
 
@@ -58,9 +58,9 @@ class Args:
     temperature: float = 1.0  # divides all logits, of the policy and the reference
 
     # PPO
-    kl_coef: float = 0.05  # β: price of a nat of KL(policy ‖ reference), in units of reward
+    kl_coef: float = 0.05  # β: weight of KL(policy ‖ reference), in units of reward per nat
     gamma: float = 1.0  # discount per token; usually 1, since the score is paid at the end
-    gae_lambda: float = 0.95  # GAE λ: 0 = one-step TD, 1 = Monte Carlo (for long responses)
+    gae_lambda: float = 0.95  # GAE λ: 0 = one-step TD, 1 = Monte Carlo
     clip_coef: float = 0.2  # ε: clipping range of the probability ratio π/π_old
     dual_clip: float | None = None  # also bound the loss at dual_clip · |A| when A < 0; e.g. 3
     value_clip: float = 0.2  # clipping range of value updates, in units of reward
@@ -68,7 +68,7 @@ class Args:
     ent_coef: float = 0.0  # weight of the entropy bonus
     normalize_advantages: bool = False  # whiten advantages over each rollout
     advantage_clip: float | None = None  # clip advantages to ± this, after any whitening
-    target_kl: float | None = None  # end a rollout's epochs once approx_kl exceeds this per token
+    target_kl: float | None = None  # end the epochs if the last approx_kl, per token, exceeds this
 
 
 def is_writable(folder):
@@ -92,10 +92,9 @@ def check_args(args):
         (args.batch_size >= 1, f"--batch-size {args.batch_size} must be at least 1"),
         (args.total_episodes >= args.batch_size, "--total-episodes must be at least --batch-size"),
         (args.update_epochs >= 1, f"--update-epochs {args.update_epochs} must be at least 1"),
-        (args.num_minibatches >= 1, f"--num-minibatches {args.num_minibatches} must be at least 1"),
         (
-            args.batch_size % max(1, args.num_minibatches) == 0,
-            "--num-minibatches must divide --batch-size",
+            args.num_minibatches >= 1 and args.batch_size % args.num_minibatches == 0,
+            f"--num-minibatches {args.num_minibatches} must be at least 1 and divide --batch-size",
         ),
         (0 < args.learning_rate < 1, f"--learning-rate {args.learning_rate} must be in (0, 1)"),
         (0 < args.max_grad_norm < 1e6, f"--max-grad-norm {args.max_grad_norm} must be in (0, 1e6)"),
@@ -109,11 +108,14 @@ def check_args(args):
         (0 <= args.ent_coef < 1e6, f"--ent-coef {args.ent_coef} must be in [0, 1e6)"),
     ]
     if args.save_path is not None:
-        save_path = Path(args.save_path)
+        save_path = Path(args.save_path)  # may be a str, if main is called from Python
         writable = is_writable(save_path.parent)
         free = save_path.is_file() or not os.path.lexists(save_path)
         rules.append((writable, f"--save-path {save_path}: its folder is missing or not writable"))
         rules.append((free, f"--save-path {save_path} exists and is not a file; choose another"))
+        if args.reward_model is not None:
+            new = save_path.resolve() != Path(args.reward_model).resolve()
+            rules.append((new, "--save-path would overwrite --reward-model; choose another file"))
     if args.dual_clip is not None:
         valid = 1 < args.dual_clip < 1e6
         rules.append((valid, f"--dual-clip {args.dual_clip} must be in (1, 1e6)"))
@@ -124,9 +126,6 @@ def check_args(args):
         rules.append(
             (0 < args.target_kl < 1e6, f"--target-kl {args.target_kl} must be in (0, 1e6)")
         )
-    if args.reward_model is not None and args.save_path is not None:
-        same = save_path.resolve() == Path(args.reward_model).resolve()
-        rules.append((not same, "--save-path would overwrite --reward-model; choose another file"))
     for valid, error in rules:
         if not valid:
             fail(error)
@@ -419,8 +418,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip_coef):
     """Clipped surrogate objective (Schulman et al. 2017, eq. 7), negated. All inputs (B, R).
 
     Summed over tokens, averaged over responses. At π = π_old its expected gradient is that of -J if
-    the advantages are unbiased: γ = 1; λ = 1 or an exact critic; no whitening, no clipping. A mean
-    over the tokens of each response would give the tokens of short responses more weight.
+    the advantages are unbiased: γ = 1; λ = 1 or an exact critic; neither whitened nor clipped. A
+    mean over the tokens of each response would give the tokens of short responses more weight.
     """
     logratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     ratio = logratio.exp()
@@ -430,7 +429,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip_coef):
         metrics = {
             # KL(π_old ‖ π) by the k3 estimator, http://joschu.net/blog/kl-approx.html
             "approx_kl": masked_mean(ratio - 1 - logratio, mask),
-            "clipfrac": masked_mean(((ratio - 1).abs() > clip_coef).float(), mask),
+            "clipfrac": masked_mean((ratio != clipped).float(), mask),  # share that is clipped
             "ratio": masked_mean(ratio, mask),  # 1, up to rounding, at a rollout's first step
         }
     return -masked_sum(objective, mask).mean(), metrics
@@ -440,7 +439,8 @@ def dual_clip_loss(logprobs, old_logprobs, advantages, mask, clip_coef, dual_cli
     """policy_loss, bounded by dual_clip · |A| for tokens with A < 0 (arXiv:1912.09729, eq. 5).
 
     The ratio of a token with A < 0 is clipped from below only, so its loss has no bound: a token
-    that has become far more likely since it was sampled could dominate the batch.
+    that has become far more likely since it was sampled could dominate the batch. Here its ratio is
+    bounded by dual_clip, which bounds the loss.
     """
     bound = old_logprobs + math.log(dual_clip)
     bounded = torch.where(advantages < 0, logprobs.minimum(bound), logprobs)
@@ -481,7 +481,8 @@ def main(args):
     device = args.device
     start_time = time.time()
 
-    # Policy, reference, critic (a linear head on the policy's hidden states), reward model.
+    # Policy, reference, reward model, and the critic: a linear head on the policy's hidden states.
+    # The value loss therefore trains the policy's layers, too.
     train_prompts, train_targets, test_prompts, test_targets = make_prompts(device)
     policy = GPT().to(device)
     if args.sft_steps > 0:
@@ -572,9 +573,10 @@ def main(args):
 
                 optimizer.zero_grad()
                 loss.backward()
-                metrics["grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()
 
+                metrics["grad_norm"] = grad_norm
                 metrics["policy_loss"] = pg_loss.detach()
                 metrics["value_loss"] = vf_loss.detach()
                 metrics["entropy"] = entropy.detach()
@@ -582,7 +584,7 @@ def main(args):
             if args.target_kl is not None and metrics["approx_kl"] > args.target_kl:
                 break
 
-        if not metrics["grad_norm"].isfinite():
+        if not grad_norm.isfinite():
             fail(f"gradient not finite in rollout {rollout}; lower --learning-rate")
 
         # 4. Log.
@@ -601,9 +603,10 @@ def main(args):
             for name in metrics:
                 mean = torch.stack([step[name] for step in steps]).mean()
                 writer.add_scalar(f"losses/{name}", mean, episodes)
+            writer.add_scalar("losses/ratio_first", steps[0]["ratio"], episodes)  # about 1
             error_variance = (returns - old_values)[mask].var(correction=0)
             variance = returns[mask].var(correction=0).clamp(min=1e-8)
-            explained = 1 - error_variance / variance  # the returns contain the values if λ < 1
+            explained = 1 - error_variance / variance  # too high if λ < 1: returns contain values
             writer.add_scalar("losses/explained_variance", explained, episodes)
         recent_scores.append(score)
         if rollout % max(1, num_rollouts // 20) == 0:

@@ -1,6 +1,6 @@
-"""REINFORCE for language models: the policy gradient, and the baselines that make it usable.
+"""REINFORCE for language models: the policy gradient, and baselines that reduce its noise.
 
-    maximise over π:  J(π) = E[R(x, y)] - β · KL(π ‖ π_ref)
+    maximise over π:  J(π) = E[R(x, y)] - β · KL(π ‖ π_ref)    (prompts x, responses y ~ π)
 
 Repeat: sample responses; raise the log-probability of each token in proportion to its
 reward-to-go minus a baseline; take one gradient step.
@@ -45,13 +45,13 @@ Baseline = Literal["none", "batch-mean", "running-mean", "leave-one-out", "value
 @dataclass
 class Args:
     seed: int = 1  # random seed (the train/held-out split of the prompts is fixed)
-    device: Literal["cpu", "cuda"] = "cpu"  # for this tiny model the CPU is faster
+    device: Literal["cpu", "cuda"] = "cpu"  # this tiny model needs no GPU
     tensorboard: bool = True  # log curves to runs/ (view with: tensorboard --logdir runs)
     save_path: Path | None = None  # file for the final weights and the flags
 
     # Training
     sft_steps: int = 100  # SFT steps that train the reference; 0: random weights
-    reward: Literal["outcome", "process"] = "outcome"  # process: half is for the first digit
+    reward: Literal["outcome", "process"] = "outcome"  # process: half is paid at the first digit
     total_episodes: int = 163_840  # sampled responses, rounded down to whole rollouts
     batch_size: int = 256  # responses per rollout
     group_size: int = 4  # responses per prompt
@@ -60,7 +60,7 @@ class Args:
     temperature: float = 1.0  # divides all logits, of the policy and the reference
 
     # REINFORCE
-    kl_coef: float = 0.05  # β: price of a nat of KL(policy ‖ reference), in units of reward
+    kl_coef: float = 0.05  # β: weight of KL(policy ‖ reference), in units of reward per nat
     gamma: float = 1.0  # discount per token; usually 1, since the score is paid at the end
     baseline: Baseline = "leave-one-out"  # subtracted from the returns to reduce noise
     vf_coef: float = 0.1  # weight of the value loss
@@ -90,8 +90,10 @@ def check_args(args):
         (args.sft_steps >= 0, f"--sft-steps {args.sft_steps} must be 0 or more"),
         (args.batch_size >= 1, f"--batch-size {args.batch_size} must be at least 1"),
         (args.total_episodes >= args.batch_size, "--total-episodes must be at least --batch-size"),
-        (args.group_size >= 1, f"--group-size {args.group_size} must be at least 1"),
-        (args.batch_size % max(1, args.group_size) == 0, "--group-size must divide --batch-size"),
+        (
+            args.group_size >= 1 and args.batch_size % args.group_size == 0,
+            f"--group-size {args.group_size} must be at least 1 and divide --batch-size",
+        ),
         (0 < args.learning_rate < 1, f"--learning-rate {args.learning_rate} must be in (0, 1)"),
         (0 < args.max_grad_norm < 1e6, f"--max-grad-norm {args.max_grad_norm} must be in (0, 1e6)"),
         (1e-6 < args.temperature < 1e6, f"--temperature {args.temperature} must be in (1e-6, 1e6)"),
@@ -103,7 +105,7 @@ def check_args(args):
         (0 < args.rwr_top_fraction <= 1, "--rwr-top-fraction must be in (0, 1]"),
     ]
     if args.save_path is not None:
-        save_path = Path(args.save_path)
+        save_path = Path(args.save_path)  # may be a str, if main is called from Python
         writable = is_writable(save_path.parent)
         free = save_path.is_file() or not os.path.lexists(save_path)
         rules.append((writable, f"--save-path {save_path}: its folder is missing or not writable"))
@@ -375,8 +377,8 @@ def rwr_weights(returns, temperature, top_fraction):
 
     Proportional to exp(return / temperature) for the best fraction of the responses (and
     ties), 0 for the rest; they sum to 1. If all of many responses are kept, the best fit to them is
-    π_new ∝ π · exp(return / temperature). It equals π only if all responses to a prompt have the
-    same return; as returns include the KL, that is so (with γ = 1) only at the maximum of J.
+    π_new ∝ π · exp(return / temperature). That is π itself only where all responses to a prompt
+    have the same return R - β·log(π/π_ref) (with γ = 1): at the maximum of J.
     """
     num_kept = math.ceil(top_fraction * len(returns))
     lowest = returns.topk(num_kept).values[-1]
@@ -406,13 +408,14 @@ def main(args):
     device = args.device
     start_time = time.time()
 
-    # Policy, reference, critic (a linear head on the policy's states, for the value baseline).
+    # Policy, reference, and for the value baseline a critic: a linear head on the policy's hidden
+    # states. The value loss therefore trains the policy's layers, too.
     train_prompts, train_targets, test_prompts, test_targets = make_prompts(device)
     policy = GPT().to(device)
     if args.sft_steps > 0:
         sft(policy, *make_demonstrations(train_prompts, train_targets), args.sft_steps)
     reference = copy.deepcopy(policy).requires_grad_(False)
-    parameters = list(policy.parameters())
+    parameters = [*policy.parameters()]
     if args.baseline == "value":
         critic = nn.Linear(policy.head.in_features, 1).to(device)
         nn.init.zeros_(critic.weight)  # at first every value is the same
@@ -431,7 +434,7 @@ def main(args):
         writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *lines]))
 
     loop_start_time = time.time()
-    num_prompts = args.batch_size // args.group_size
+    num_groups = args.batch_size // args.group_size
     num_rollouts = args.total_episodes // args.batch_size
     warmup = max(1, num_rollouts // 10)
     recent_scores = []  # of the rollouts since the last progress line
@@ -442,7 +445,7 @@ def main(args):
         optimizer.param_groups[0]["lr"] = learning_rate
 
         # 1. Rollout: sample a batch of responses, a group to each prompt, and score them.
-        prompt_rows = torch.randint(len(train_prompts), (num_prompts,), device=device)
+        prompt_rows = torch.randint(len(train_prompts), (num_groups,), device=device)
         prompt_rows = prompt_rows.repeat_interleave(args.group_size)  # (B,)
         prompts = train_prompts[prompt_rows]  # (B, P)
         responses = generate(policy, prompts, args.temperature)  # (B, R)
@@ -453,7 +456,7 @@ def main(args):
             token_scores = process_reward(train_targets[prompt_rows], responses.clone())  # (B, R)
             if token_scores.shape != responses.shape or not token_scores.isfinite().all():
                 fail(f"process_reward must return finite rewards of shape {tuple(responses.shape)}")
-            scores = token_scores.sum(1)
+            scores = masked_sum(token_scores, mask)
         # There is only one gradient step, so the update can reuse this forward pass.
         states = response_states(policy, prompts, responses)  # (B, R, D)
         logits = policy.head(states) / args.temperature
@@ -488,7 +491,7 @@ def main(args):
         if args.objective == "reinforce":
             pg_loss = reinforce_loss(logprobs, advantages, mask)
         else:
-            # Reward-weighted regression: SFT on the responses, weighted to better ones.
+            # Reward-weighted regression: SFT on the responses, of which better ones weigh more.
             weights = rwr_weights(returns[:, 0], args.rwr_temperature, args.rwr_top_fraction)
             pg_loss = -(weights * masked_sum(logprobs, mask)).sum()
         with torch.set_grad_enabled(args.ent_coef > 0):  # else it is only logged
@@ -503,10 +506,11 @@ def main(args):
 
         optimizer.zero_grad()
         loss.backward()
-        metrics["grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+        grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
+        metrics["grad_norm"] = grad_norm
 
-        if not metrics["grad_norm"].isfinite():
+        if not grad_norm.isfinite():
             fail(f"gradient not finite in rollout {rollout}; lower --learning-rate")
 
         # 4. Log.

@@ -7,14 +7,17 @@ feedback, then take gradient steps on the loss for that kind of feedback. R is t
 τ how noisy the annotator is:
 
   preferences     A is preferred to B with probability σ((R(A) - R(B)) / τ) (Bradley & Terry 1952;
-                  Christiano et al. 2017, arXiv:1706.03741). Loss: the one above. r tends to R/τ,
-                  plus any constant per prompt, since the loss sees differences only.
+                  Christiano et al. 2017, arXiv:1706.03741). Loss: the one above. Minimum: R/τ plus
+                  any constant per prompt, since the loss sees differences only.
   labels          y is called good with probability σ((R(y) - ½) / τ). Loss: binary cross-entropy.
-                  r tends to (R - ½)/τ, with no constant left free.
+                  Minimum: (R - ½)/τ, with no constant left free.
   demonstrations  y is written with probability ∝ π_ref(y|x) · exp(R(y) / τ): maximum-entropy
                   inverse RL (Ziebart et al. 2008) with π_ref as prior. Loss: cross-entropy of
                   telling the demonstration from M samples (ranking NCE: Ma & Collins 2018,
-                  arXiv:1809.01812). r tends to R/τ, plus any constant per prompt.
+                  arXiv:1809.01812). Minimum: R/τ plus any constant per prompt.
+
+With finite data r only comes near the minimum; the weight decay, high by default, keeps it from
+memorising the annotator's noise.
 
 Finally the scores are normalised to mean 0 and standard deviation 1 on the reference's responses
 (before `--uncertainty-coef` subtracts anything).
@@ -23,9 +26,10 @@ The task: given three digits, write two more and EOS so that all five sum to 20.
 first trained on correct answers (SFT). It is the reference; its responses are judged by a simulated
 annotator, or by you. To use your own task or model, replace the sections "Task" and "Model".
 
-    python reward_model.py --save-path rm.pt && python ppo.py --reward-model rm.pt    # 0.59 -> 0.99
-    python reward_model.py --annotate 50 --preferences mine.jsonl    # judge pairs yourself, then
-    python reward_model.py --preferences mine.jsonl                  # learn; --help lists all flags
+    python reward_model.py --save-path rm.pt    # learn a reward; --help lists every flag
+    python ppo.py --reward-model rm.pt          # maximise it: held-out success 0.59 -> 0.99
+    python reward_model.py --annotate 50 --preferences mine.jsonl    # judge 50 pairs yourself
+    python reward_model.py --preferences mine.jsonl                  # learn from them
 """
 
 # /// script
@@ -55,7 +59,7 @@ from torch.utils.tensorboard import SummaryWriter
 @dataclass
 class Args:
     seed: int = 1  # random seed (the train/held-out split of the prompts is fixed)
-    device: Literal["cpu", "cuda"] = "cpu"  # for this tiny model the CPU is faster
+    device: Literal["cpu", "cuda"] = "cpu"  # this tiny model needs no GPU
     tensorboard: bool = True  # log curves to runs/ (view with: tensorboard --logdir runs)
     save_path: Path | None = None  # file for the final weights and the flags
 
@@ -74,7 +78,7 @@ class Args:
     minibatch_size: int = 64  # examples per gradient step
     learning_rate: float = 1e-3  # peak learning rate; linear warmup over 10%, then linear decay
     max_grad_norm: float = 1.0  # maximum norm for gradient clipping
-    weight_decay: float = 1.0  # of AdamW; high, so that the annotator's noise is not memorised
+    weight_decay: float = 1.0  # of AdamW; against memorising the annotator's noise
 
     # Ensemble
     ensemble_size: int = 1  # number of models, trained one after another; their mean is the score
@@ -111,21 +115,20 @@ def check_args(args):
         (0 <= args.uncertainty_coef < 1e6, "--uncertainty-coef must be in [0, 1e6)"),
     ]
     if args.save_path is not None:
-        save_path = Path(args.save_path)
+        save_path = Path(args.save_path)  # may be a str, if main is called from Python
         writable = is_writable(save_path.parent)
         free = save_path.is_file() or not os.path.lexists(save_path)
         rules.append((writable, f"--save-path {save_path}: its folder is missing or not writable"))
         rules.append((free, f"--save-path {save_path} exists and is not a file; choose another"))
+        if args.preferences is not None:
+            new = save_path.resolve() != Path(args.preferences).resolve()
+            rules.append((new, "--save-path would overwrite --preferences; choose another file"))
+        if args.policy is not None:
+            new = save_path.resolve() != Path(args.policy).resolve()
+            rules.append((new, "--save-path would overwrite --policy; choose another file"))
     if args.annotate is not None:
         rules.append((args.annotate >= 1, f"--annotate {args.annotate} must be at least 1"))
         rules.append((args.preferences is not None, "--annotate needs --preferences FILE"))
-
-    if args.preferences is not None and args.save_path is not None:
-        same = save_path.resolve() == Path(args.preferences).resolve()
-        rules.append((not same, "--save-path would overwrite --preferences; choose another file"))
-    if args.policy is not None and args.save_path is not None:
-        same = save_path.resolve() == Path(args.policy).resolve()
-        rules.append((not same, "--save-path would overwrite --policy; choose another file"))
 
     # Reject flags that would have no effect.
     unread = []
@@ -473,7 +476,8 @@ def preference_loss(chosen_scores, rejected_scores, ties):
     losses = -F.logsigmoid(margins)
     reversed_losses = -F.logsigmoid(-margins)  # as if the other response were the chosen one
     accuracy = torch.where(ties, 0.5, is_higher(chosen_scores, rejected_scores)).mean()
-    return torch.where(ties, (losses + reversed_losses) / 2, losses).mean(), accuracy
+    losses = torch.where(ties, (losses + reversed_losses) / 2, losses)
+    return losses.mean(), accuracy
 
 
 # ---------------------------------------------------------------------------- Pointwise labels
@@ -495,7 +499,8 @@ def label_loss(scores, labels):
     Returns the mean loss, and the accuracy: how often the score's sign agrees with the label.
     """
     margins = torch.where(labels, scores, -scores)
-    return -F.logsigmoid(margins).mean(), is_higher(margins, 0.0).mean()
+    accuracy = is_higher(margins, 0.0).mean()
+    return -F.logsigmoid(margins).mean(), accuracy
 
 
 # ---------------------------------------------------------------------------- Demonstrations
@@ -518,8 +523,7 @@ def sample_demonstrations(policy, reference, prompts, targets, annotator_tempera
     the policy instead of the reference. If the policy is the reference, they are 0.
     """
     # Rejection sampling: as R ≤ 1, accept a sample of π_ref with probability exp((R - 1) / τ).
-    demonstrations = torch.zeros(len(prompts), RESPONSE_LENGTH, dtype=torch.long)
-    demonstrations = demonstrations.to(prompts.device)
+    demonstrations = prompts.new_zeros(len(prompts), RESPONSE_LENGTH)
     missing = torch.arange(len(prompts), device=prompts.device)
     turns = 0
     while len(missing) > 0:
@@ -557,7 +561,8 @@ def demonstration_loss(scores, log_weights):
     a sample.
     """
     losses = -(scores + log_weights).log_softmax(1)[:, 0]
-    return losses.mean(), is_higher(scores[:, :1], scores[:, 1:]).mean()
+    accuracy = is_higher(scores[:, :1], scores[:, 1:]).mean()
+    return losses.mean(), accuracy
 
 
 # ---------------------------------------------------------------------------- Evaluation
@@ -566,8 +571,8 @@ def normalise(members, prompts, responses):
     """Shift and scale the scores to mean 0 and standard deviation 1 on these responses.
 
     The shift does not change the optimal policy. In this unit a --kl-coef means roughly the same
-    for every reward model (roughly, as the constants per prompt add to the deviation). The members
-    share one scale, since the scores of each tend to R/τ.
+    for every reward model (roughly, as the constants per prompt add to the standard deviation). The
+    members share one scale, since all estimate the same R/τ.
     """
     scores = torch.stack([response_scores(gpt, prompts, responses) for gpt in members])  # (K, B)
     std = scores.mean(0).std(correction=0)
@@ -584,9 +589,9 @@ def evaluate_scores(reward_model, policy, prompts, targets, annotator_temperatur
 
     accuracy: how often the simulated annotator prefers the response with the higher score, with its
     standard error (treating the pairs as independent). bayes_accuracy: the same for the true
-    reward; no scores can do better. Neither counts pairs of identical responses. correlation: of
-    scores and true rewards. deviation: standard deviation of the ensemble's margins (score
-    differences of a pair).
+    reward; no scores can do better. deviation: standard deviation over the ensemble of a pair's
+    margin (difference of scores). Pairs of identical responses do not count. correlation: of scores
+    and true rewards.
     """
     correct = []
     bayes_correct = []
@@ -649,7 +654,7 @@ def annotate(policy, prompts, path, number):
         text = path.read_text("utf-8-sig") if path.exists() else ""
         lines = [line for line in text.split("\n") if line.strip()]
         for line in lines:
-            parse_preference(line)
+            parse_preference(line)  # raises ValueError on a bad one
         file = path.open("a", encoding="utf-8")
     except (OSError, ValueError) as error:
         fail(f"--preferences {path}: cannot be continued ({error})")
@@ -734,16 +739,15 @@ def main(args):
     rows = torch.randint(len(train_prompts), (args.num_examples,), device=device)
     prompts = train_prompts[rows]
     targets = train_targets[rows]
-    temperature = args.annotator_temperature
     if args.preferences is not None:
         examples = preferences
     elif args.learn_from == "preferences":
-        examples = sample_preferences(policy, prompts, targets, temperature)
+        examples = sample_preferences(policy, prompts, targets, args.annotator_temperature)
     elif args.learn_from == "labels":
-        examples = sample_labels(policy, prompts, targets, temperature)
+        examples = sample_labels(policy, prompts, targets, args.annotator_temperature)
     else:
         examples = sample_demonstrations(
-            policy, reference, prompts, targets, temperature, args.num_samples
+            policy, reference, prompts, targets, args.annotator_temperature, args.num_samples
         )
     num_examples = len(examples[0])
     if num_examples == 0:
@@ -827,7 +831,7 @@ def main(args):
                 if step % log_interval != 0 and step < num_steps:
                     continue
                 if not grad_norm.isfinite():
-                    fail(f"gradient not finite in step {step}; lower --learning-rate")
+                    fail(f"gradient not finite by step {step}; lower --learning-rate")
                 seconds = time.time() - loop_start_time
                 progress = (member + step / num_steps) / args.ensemble_size
                 seconds_left = seconds * (1 - progress) / progress

@@ -145,7 +145,7 @@ def test_grpo_policy_loss(trainers, monkeypatch, loss_type):
         settings["epsilon_high"] = 1.28
     batch = new, old, ref, advantages, mask, loss_type, monkeypatch
     theirs = their_grpo(trainer, *batch, **settings)
-    weights = grpo.token_weights(mask, loss_type).double()
+    weights = grpo.compute_loss_weights(mask, loss_type).double()
     ours, metrics = grpo.grpo_loss(new, old, advantages, mask, weights, loss_type, 0.1, 0.28)
     assert metrics["clipfrac"] > 0.1
     assert_same(ours, theirs, new, 1e-7)  # the weights are float32
@@ -167,7 +167,7 @@ def test_grpo_kl(trainers, monkeypatch, loss_type, estimator):
     theirs = their_grpo(
         trainer, new, old, ref, 0 * advantages, mask, loss_type, monkeypatch, **settings
     )
-    weights = grpo.token_weights(mask, loss_type).double()
+    weights = grpo.compute_loss_weights(mask, loss_type).double()
     ours = kl_loss(new, old, ref, mask, weights, estimator)
     assert_same(0.7 * ours, theirs, new, 1e-7)
 
@@ -180,7 +180,7 @@ def test_gspo_kl_has_the_ratio_of_the_response_in_trl(trainers, monkeypatch):
     theirs = their_grpo(
         trainer, new, old, ref, 0 * advantages, mask, "gspo", monkeypatch, **settings
     )
-    weights = grpo.token_weights(mask, "gspo").double()
+    weights = grpo.compute_loss_weights(mask, "gspo").double()
     ratio = (grpo.masked_sum(new - old, mask) / mask.sum(1)).exp()
     k3 = grpo.kl_penalty(new, old, ref, mask, "k3")
     assert_same(0.7 * (ratio * grpo.masked_sum(k3, mask) * weights).mean(), theirs, new, 1e-7)
@@ -193,7 +193,7 @@ def test_grpo_token_mean_is_of_the_whole_rollout_not_of_the_minibatch(
 ):
     trainer, _ = trainers("grpo")
     new, old, ref, advantages, mask = grpo_batch()
-    weights = grpo.token_weights(mask, loss_type).double()
+    weights = grpo.compute_loss_weights(mask, loss_type).double()
     rows = torch.tensor([1, 4, 6, 7, 9, 11])
     settings = {"beta": 0.0, "epsilon_low": 0.2, "epsilon_high": 0.2}
     if loss_type == "cispo":
@@ -294,7 +294,7 @@ def test_grpo_from_sampling_to_gradient(trainers, monkeypatch):
     theirs.backward()
     new = logprobs(policy)
     advantages = grpo.group_advantages(scores, 8, "none")
-    weights = grpo.token_weights(mask, "grpo")
+    weights = grpo.compute_loss_weights(mask, "grpo")
     ours, _ = grpo.grpo_loss(new, old, advantages, mask, weights, "grpo", 0.2, 0.2)
     ours = ours + grpo.Args.kl_coef * kl_loss(new, old, ref, mask, weights, "k3-iw")
     ours.backward()

@@ -63,7 +63,7 @@ class World:
         advantages = grpo.group_advantages(self.scores[rows], group_size, scale_rewards)
         # The loss is a mean over the groups. Turn it into the sum of chance times loss.
         advantages = advantages * (len(groups) * chance).repeat_interleave(group_size)
-        weights = grpo.token_weights(mask, loss_type)
+        weights = grpo.compute_loss_weights(mask, loss_type)
         if loss_type in ("dapo", "cispo"):  # each group is a rollout of its own
             mean_length = mask.sum(1).view(-1, group_size).double().mean(1)
             weights = (1 / mean_length).repeat_interleave(group_size)
@@ -127,7 +127,7 @@ def test_a_mean_over_all_tokens_of_a_large_rollout_has_no_such_bias(loss_type):
     chance = world.probs.repeat(3)
     gradients = []
     for name in (loss_type, "dr-grpo"):
-        weights = grpo.token_weights(mask, name)
+        weights = grpo.compute_loss_weights(mask, name)
         loss, _ = grpo.grpo_loss(
             logprobs, logprobs.detach(), chance * scores, mask, weights, name, 0.2, 0.2
         )
@@ -186,7 +186,7 @@ def test_all_losses_have_the_policy_gradient_when_responses_have_one_length(loss
     generator = torch.Generator().manual_seed(0)
     advantages = torch.randn(1100, generator=generator, dtype=torch.float64)
     mask = torch.ones(1100, 3, dtype=torch.bool)
-    weights = grpo.token_weights(mask, loss_type)
+    weights = grpo.compute_loss_weights(mask, loss_type)
     loss, _ = grpo.grpo_loss(
         logprobs, logprobs.detach(), advantages, mask, weights, loss_type, 0.2, 0.2
     )
@@ -260,7 +260,7 @@ def ragged(seed=0):
 
 
 def loss_and_metrics(new, old, advantages, mask, loss_type, low=0.2, high=0.3):
-    weights = grpo.token_weights(mask, loss_type)
+    weights = grpo.compute_loss_weights(mask, loss_type)
     return grpo.grpo_loss(new, old, advantages, mask, weights, loss_type, low, high)
 
 
@@ -270,9 +270,9 @@ def token_lists(x, mask):
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_token_weights_by_loops(loss_type):
+def test_loss_weights_by_loops(loss_type):
     *_, mask = ragged()
-    weights = grpo.token_weights(mask, loss_type)
+    weights = grpo.compute_loss_weights(mask, loss_type)
     lengths = [4, 1, 2, 3, 4, 4, 2, 1]
     close(weights.double(), float64(*oracle.token_weights(lengths, loss_type, 4)))
 
@@ -389,7 +389,7 @@ def test_gradients_of_minibatches_average_to_that_of_the_rollout(loss_type, esti
     new.requires_grad_()
     ref = old.flip(0)
     advantages = grpo.group_advantages(scores, 4, "group")
-    weights = grpo.token_weights(mask, loss_type)
+    weights = grpo.compute_loss_weights(mask, loss_type)
 
     def gradient(rows):
         loss, _ = grpo.grpo_loss(
@@ -669,6 +669,7 @@ def replay(args, policy, rollouts, permutations):
         log("charts/equal_groups", mean([float(len(set(group)) == 1) for group in groups]))
         for name in steps[0]:
             log(f"losses/{name}", mean([step[name] for step in steps]))
+        log("losses/ratio_first", steps[0]["ratio"])
     return curves
 
 

@@ -146,7 +146,7 @@ def test_the_first_ratio_of_a_rollout_is_one(monkeypatch):
 
 
 def test_kl_loss_is_the_mean_over_the_updates(monkeypatch):
-    """losses/kl_loss of grpo.py, from what kl_penalty() gave, with the weights of its loss."""
+    """losses/kl_loss of grpo.py, from what kl_penalty() gave, with its loss_weights."""
     penalties = programs.spy(monkeypatch, grpo, "kl_penalty")
     policy = programs.record(monkeypatch, grpo, "grpo_loss")
     curves = programs.record_curves(monkeypatch, grpo)
@@ -157,7 +157,7 @@ def test_kl_loss_is_the_mean_over_the_updates(monkeypatch):
         for step in range(4 * i, 4 * i + 4):
             call = policy["grpo_loss"][step]
             penalty = torch.where(call["mask"], penalties[step][1].detach(), 0.0).sum(1)
-            expected.append((penalty * call["weights"]).mean().item())
+            expected.append((penalty * call["loss_weights"]).mean().item())
         logged = curves["losses/kl_loss"][i][1]
         assert logged == pytest.approx(statistics.mean(expected), abs=1e-6)
 

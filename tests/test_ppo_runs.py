@@ -588,7 +588,7 @@ def test_program_in_a_shell(program):
     events = EventAccumulator(str(folder)).Reload()
     charts = ["score", "true_score", "kl", "response_length", "learning_rate"]
     losses = ["policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "ratio"]
-    losses += ["grad_norm", "explained_variance"]
+    losses += ["ratio_first", "grad_norm", "explained_variance"]
     expected = {f"charts/{name}" for name in [*charts, "episodes_per_second"]}
     expected |= {f"losses/{name}" for name in losses}
     evaluation = ["success", "success_error", "kl", "kl_error"]
