@@ -211,7 +211,7 @@ def iteration(policy, folder, args):
 
 def random_gpt2(device):
     """A GPT-2 of 124M parameters with random weights."""
-    policy = gpt2.GPT2(gpt2.Config(50257, 1024, 768, 12, 12)).to(device)
+    policy = gpt2.GPT2(gpt2.Config()).to(device)
     for parameter in policy.parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.02)

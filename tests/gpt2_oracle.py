@@ -136,15 +136,3 @@ def distinct_2(texts):
         found = split(text)
         pairs += [(found[i], found[i + 1]) for i in range(len(found) - 1)]
     return len(set(pairs)) / len(pairs)
-
-
-def repetition(texts):
-    """Share of the words that stood in the same text before."""
-    repeated = total = 0
-    for text in texts:
-        seen = []
-        for word in split(text):
-            repeated += word in seen
-            total += 1
-            seen.append(word)
-    return repeated / total

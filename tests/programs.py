@@ -161,7 +161,7 @@ def record_curves(monkeypatch, script):
     curves = {}
 
     class Recorder(NoWriter):
-        def __init__(self, folder):
+        def __init__(self, folder, purge_step=None):
             self.folder = folder
 
         def add_scalar(self, tag, value, step):

@@ -261,6 +261,25 @@ def test_the_update_does_not_depend_on_the_micro_batches(tmp_path):
         check_same_weights(tmp_path / "sizeNone", tmp_path / f"size{size}")
 
 
+def test_the_metrics_do_not_depend_on_the_micro_batches(monkeypatch):
+    """approx_kl is a mean over tokens: parts with more tokens count for more."""
+    head = gpt2.GPT2.head
+    push = torch.nn.functional.one_hot(torch.tensor(EOS), 300) * 5.0  # responses of all lengths
+    monkeypatch.setattr(gpt2.GPT2, "head", lambda self, states: head(self, states) + push)
+    seen = []
+    for size in (None, 1, 3):
+        curves = programs.record_curves(monkeypatch, gpt2)
+        run(micro_batch_size=size, learning_rate=1e-2, tensorboard=True)
+        seen.append(curves)
+    for name, points in seen[0].items():
+        if name.startswith("losses/"):
+            for curves in seen[1:]:
+                expected = pytest.approx(programs.values(points), rel=1e-3, abs=1e-5)
+                assert programs.values(curves[name]) == expected, name
+    assert 1 < seen[0]["charts/response_length"][0][1] < 4
+    assert seen[0]["losses/approx_kl"][0][1] > 1e-3
+
+
 # ---------------------------------------------------------------- Learning
 
 
@@ -739,6 +758,8 @@ def test_flags_that_would_not_be_read_or_cannot_be_written(tmp_path, capsys):
     (tmp_path / "words").write_text("good 1")
     flags = {"lexicon": tmp_path / "words", "reward": "composite"}
     stops(SMALL | flags, "--lexicon", capsys)
+    stops(SMALL | {"pretrain_steps": 1}, "--pretrain-steps", capsys)
+    stops(SMALL | {"kl_horizon": 1}, "--kl-horizon", capsys)
     stops(SMALL | {"save_dir": Path("x" * 201)}, "--save-dir", capsys)
 
 
@@ -917,7 +938,7 @@ def test_the_first_step_is_as_long_as_the_learning_rate(monkeypatch):
 def test_evaluations_before_and_after_use_the_same_noise(monkeypatch, default_result):
     """With a learning rate that changes nothing the texts are the same: half of all is won."""
     result = run(learning_rate=1e-12)
-    for name in ("reward", "held_out_reward", "distinct_2", "repetition", "length"):
+    for name in ("reward", "held_out_reward", "distinct_2", "length"):
         assert result[name] == pytest.approx(result[f"{name}_before"], abs=1e-5)
     assert result["win_rate"] == result["held_out_win_rate"] == 0.5
     assert default_result["reward"] != default_result["reward_before"]
@@ -949,7 +970,8 @@ def test_results_are_what_the_texts_say(monkeypatch, capsys):
         assert metrics["kl_error"] == pytest.approx(error, abs=1e-4)
         assert metrics["length"] == pytest.approx(sum(lengths) / 12)
     out = capsys.readouterr().out
-    lines = out.splitlines()[-2:]
+    lines = [line for line in out.splitlines() if "paired win rate" in line]
+    assert re.search(r"\d s$", lines[1]) and out.splitlines()[-1] == lines[1]
     for line, group, prefix in zip(lines, ("training", "held-out"), ("", "held_out_"), strict=True):
         r = {key: result[prefix + key] for key in result if prefix + key in result}
         said = f"{group} reward {r['reward_before']:.2f} -> "
@@ -957,7 +979,6 @@ def test_results_are_what_the_texts_say(monkeypatch, capsys):
         assert f"paired win rate {r['win_rate']:.2f}" in line
         assert f"KL {r['kl']:.2f} ± {r['kl_error']:.2f}" in line
         assert f"distinct-2 {r['distinct_2_before']:.3f} -> {r['distinct_2']:.3f}" in line
-        assert f"repetition {r['repetition_before']:.3f} -> {r['repetition']:.3f}" in line
     assert len(calls) == 4
     for prefix in ("", "held_out_"):
         pair = calls[1::2] if prefix else calls[0::2]
@@ -970,7 +991,6 @@ def test_results_are_what_the_texts_say(monkeypatch, capsys):
             assert result[f"{prefix}reward{suffix}"] == pytest.approx(mean, abs=1e-5)
             assert result[f"{prefix}reward_error{suffix}"] == pytest.approx(error, abs=1e-5)
             assert result[f"{prefix}distinct_2{suffix}"] == gpt2.distinct_2(texts)
-            assert result[f"{prefix}repetition{suffix}"] == gpt2.repetition(texts)
             scores.append(rewards)
         wins = sum(1 if b > a else 0.5 if a == b else 0 for a, b in zip(*scores, strict=True))
         assert result[f"{prefix}win_rate"] == pytest.approx(wins / 12)
@@ -1013,6 +1033,13 @@ def test_charts_and_losses_are_means_over_the_rollout(monkeypatch, tmp_path):
         unexplained = (wanted - guessed).var() / wanted.var()  # over N or N - 1
         parts = slice(8 * i, 8 * i + 8)  # 2 epochs of 2 minibatches, each in 2 parts
         policy = [(loss, metrics) for _, (loss, metrics), _ in calls["policy_loss"][parts]]
+        tokens = [given[3].sum().item() for given, _, _ in calls["policy_loss"][parts]]
+
+        def token_mean(name, step, policy=policy, tokens=tokens):
+            """Over the tokens of a minibatch, that is of two parts."""
+            total = sum(policy[part][1][name] * tokens[part] for part in (2 * step, 2 * step + 1))
+            return total / (tokens[2 * step] + tokens[2 * step + 1])
+
         row = {
             "charts/kl": kl,
             "charts/kl_coef": coef,
@@ -1024,10 +1051,10 @@ def test_charts_and_losses_are_means_over_the_rollout(monkeypatch, tmp_path):
             "losses/explained_variance": 1 - unexplained,
             "losses/policy_loss": sum(loss for loss, _ in policy) / 8,
             "losses/value_loss": sum(loss for _, loss, _ in calls["value_loss"][parts]) / 8,
-            "losses/approx_kl": sum(metrics["approx_kl"] for _, metrics in policy) / 8,
-            "losses/clipfrac": sum(metrics["clipfrac"] for _, metrics in policy) / 8,
-            "losses/ratio": sum(metrics["ratio"] for _, metrics in policy) / 8,
-            "losses/ratio_first": sum(metrics["ratio"] for _, metrics in policy[:2]) / 2,
+            "losses/approx_kl": sum(token_mean("approx_kl", step) for step in range(4)) / 4,
+            "losses/clipfrac": sum(token_mean("clipfrac", step) for step in range(4)) / 4,
+            "losses/ratio": sum(token_mean("ratio", step) for step in range(4)) / 4,
+            "losses/ratio_first": token_mean("ratio", 0),
             "losses/grad_norm": sum(found for _, found, _ in norms[4 * i : 4 * i + 4]) / 4,
         }
         for tag, value in row.items():
