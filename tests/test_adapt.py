@@ -61,8 +61,7 @@ def load(name, source):
 
 
 README = chapter("README.md", "Use your own model")
-DIFFS = re.findall(r"```diff\n.*?```\n", README, re.DOTALL)
-ACCUMULATION = "".join(diff for diff in DIFFS if "gradient accumulation" in diff)
+MEMORY = chapter("docs/own_model.md", "Less memory, and texts in TensorBoard")
 
 
 # ---------------------------------------------------------------------------- Tiny real models
@@ -135,14 +134,15 @@ def load_tiny(name, source):
     return load(name, source.replace("RESPONSE_LENGTH = 24", "RESPONSE_LENGTH = 6"))
 
 
-def make_grpo(without=""):
-    return load_tiny("my_grpo", adapt((ROOT / "grpo.py").read_text(), README.replace(without, "")))
+def make_grpo(more=MEMORY):
+    """grpo.py with the README's edits and more."""
+    return load_tiny("my_grpo", adapt((ROOT / "grpo.py").read_text(), README + more))
 
 
 def make_other(script, chapter_title, wanted):
     """A script with the README's wanted edits and those of its chapter in docs/own_model.md."""
     source = (ROOT / script).read_text()
-    for block in re.findall(r"```(?:python|diff)\n.*?```", README, re.DOTALL):
+    for block in re.findall(r"```(?:python|diff)\n.*?```", README + MEMORY, re.DOTALL):
         if any(heading in block for heading in wanted):
             source = adapt(source, block)
     source = adapt(source, chapter("docs/own_model.md", chapter_title))
@@ -151,6 +151,10 @@ def make_other(script, chapter_title, wanted):
 
 def make_ppo():
     return make_other("ppo.py", "ppo.py", ["- Task\n", "- Model\n", "@@ generate", "@@ gradient"])
+
+
+def make_reinforce():
+    return make_other("reinforce.py", "reinforce.py", ["- Task\n", "- Model\n", "@@ generate"])
 
 
 def make_reward_model():
@@ -212,7 +216,7 @@ def test_padding_changes_nothing_in_grpo(folder):
     torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
 
     advantages = torch.randn(len(prompts))
-    weights = script.token_weights(mask, "grpo")
+    weights = script.compute_loss_weights(mask, "grpo")
     old = expected.detach() - 0.1
     settings = (advantages, mask, weights, "grpo", 0.2, 0.2)
     loss, _ = script.grpo_loss(logprobs, old, *settings)
@@ -267,11 +271,10 @@ def test_each_response_is_compared_with_the_answer_to_its_prompt(folder):
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(folder):
     """4 minibatches per step give the weights that one minibatch of 4 times the size gives."""
-    assert ACCUMULATION
     flags = GRPO_FLAGS | {"total_episodes": 64}
     saved = []
-    for without, minibatches in [("", 4), (ACCUMULATION, 1)]:
-        script = make_grpo(without)
+    for more, minibatches in [(MEMORY, 4), ("", 1)]:
+        script = make_grpo(more)
         path = Path(f"{minibatches}.pt")
         script.main(script.Args(**flags | {"num_minibatches": minibatches, "save_path": path}))
         saved.append(torch.load(path, weights_only=True))
@@ -305,8 +308,15 @@ def test_ppo_learns_on_a_hugging_face_model(folder, monkeypatch):
     )
     result = script.main(script.Args(**PPO_FLAGS | {"gae_lambda": 1.0}))
     rates = [noted for _, _, noted in steps]
-    assert len(rates) == 30 and all(critic == 10 * policy for policy, critic in rates)
+    assert len(rates) == 30 and all(critic == 1e-3 for _, critic in rates)
     assert max(policy for policy, _ in rates) == 3e-3
+    assert result["success"] > result["success_before"] + 0.2
+
+
+def test_reinforce_learns_on_a_hugging_face_model(folder):
+    script = make_reinforce()
+    names = ("tensorboard", "sft_steps", "learning_rate", "batch_size", "total_episodes", "kl_coef")
+    result = script.main(script.Args(**{name: PPO_FLAGS[name] for name in names}))
     assert result["success"] > result["success_before"] + 0.2
 
 
