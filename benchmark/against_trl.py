@@ -566,7 +566,7 @@ def learning_table(learning):
 
 
 def race_table(races, goal):
-    lines = [f"| seconds to {goal} held-out success | ours | TRL | ratio |", "|-|-|-|-|"]
+    lines = [f"| seconds to {goal} held-out success | ours | TRL | times faster |", "|-|-|-|-|"]
     for method, sides in races.items():
         cells = []
         means = []
@@ -578,7 +578,7 @@ def race_table(races, goal):
                 cell += f" ({missed} never)"
             cells.append(cell)
             means.append(statistics.mean(seconds) if seconds else math.nan)
-        lines.append(f"| {method} | {cells[0]} | {cells[1]} | {means[0] / means[1]:.2f} |")
+        lines.append(f"| {method} | {cells[0]} | {cells[1]} | {means[1] / means[0]:.2f} |")
     return lines
 
 

@@ -179,14 +179,16 @@ def draw_policy(saved, path):
     _, _, prompts, _ = make_prompts("cpu")
     prompts = prompts[:6]
     two_digits = (all_responses() != EOS).sum(1) == 2  # and then EOS: 100 responses
-    figure, axes = plt.subplots(2, 6, figsize=(10, 4), sharex=True, sharey=True)
+    figure, axes = plt.subplots(2, 6, figsize=(10, 4), layout="constrained")
     for row, name in enumerate(["reference", "policy"]):
         logprobs = response_logprobs(load_policy(saved, name), prompts, 1.0)
         probs = logprobs[:, two_digits].exp().view(6, 10, 10)
         for column, prompt in enumerate(prompts.tolist()):
             # The square root, so that small probabilities show.
-            image = probs[column].sqrt().tolist()
-            axes[row, column].imshow(image, cmap="viridis", vmin=0, vmax=0.6, origin="lower")
+            pixels = probs[column].sqrt().tolist()
+            image = axes[row, column].imshow(
+                pixels, cmap="viridis", vmin=0, vmax=0.6, origin="lower"
+            )
             axes[row, column].set_xticks([])
             axes[row, column].set_yticks([])
             if row == 0:
@@ -194,7 +196,8 @@ def draw_policy(saved, path):
     axes[0, 0].set_ylabel("before\nfourth digit, 0 to 9", fontsize=9)
     axes[1, 0].set_ylabel("after\nfourth digit, 0 to 9", fontsize=9)
     figure.supxlabel("fifth digit, 0 to 9; correct answers lie on a diagonal", fontsize=9)
-    figure.tight_layout()
+    bar = figure.colorbar(image, ax=axes, ticks=[0, 0.01**0.5, 0.1**0.5, 0.6], fraction=0.02)
+    bar.ax.set_yticklabels(["0", "0.01", "0.1", "≥ 0.36"], fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

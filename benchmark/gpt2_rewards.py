@@ -3,7 +3,7 @@
     python benchmark/gpt2_rewards.py    # results: benchmark/results/gpt2_rewards.json
 
 The reward model is trained by gpt2_reward_model.py with the same seed; PPO never sees the true
-reward. One that is overfitted to 256 pairs may be over-optimised: the true reward falls again.
+reward. One that is overfitted to 64 pairs is over-optimised: the true reward falls again.
 """
 
 from run import FIVE_SEEDS, run_commands
@@ -15,8 +15,8 @@ COMMANDS = [
     "gpt2_sentiment.py --reward plain --kl-coef 0.3 --advantage-clip 1",
     "gpt2_sentiment.py --reward-model rm --kl-coef 0.5",
     f"gpt2_sentiment.py --reward-model rm {NO_PENALTY}",
-    "gpt2_sentiment.py --reward-model rm256 --kl-coef 0.5",
-    f"gpt2_sentiment.py --reward-model rm256 {NO_PENALTY}",
+    "gpt2_sentiment.py --reward-model rm64 --kl-coef 0.5",
+    f"gpt2_sentiment.py --reward-model rm64 {NO_PENALTY}",
 ]
 
 if __name__ == "__main__":

@@ -85,10 +85,6 @@ def load(name):
     return json.loads(path.read_text())
 
 
-# With these flags the loss has another aim than J with the β of the command.
-OTHER_AIMS = ["--reward process", "--loss-type ipo", "--loss-type hinge", "--length-normalize"]
-
-
 def metrics_table(results, first, columns):
     """A row per command, a column per metric. columns: {title: metric}."""
     if not results:
@@ -96,11 +92,7 @@ def metrics_table(results, first, columns):
     lines = header([first, *columns])
     for command, result in results.items():
         cells = [f"`{command}`"]
-        for metric in columns.values():
-            if metric == "normalised_gain" and any(flags in command for flags in OTHER_AIMS):
-                cells.append("–")
-            else:
-                cells.append(spread(column(result, metric)))
+        cells += [spread(column(result, metric)) for metric in columns.values()]
         lines.append(row(cells))
     return "\n".join([*lines, "", footnote(results)])
 
@@ -139,13 +131,16 @@ def scripts_table():
             best = mean(column(result, "bayes_accuracy"))
             outcome = f"pair accuracy {accuracy} (best possible: {best:.3f})"
         if script == "digits_sum20.py":
-            sl = 100 * mean(column(result, "sl/eval/accuracy"))
-            rl = 100 * mean(column(result, "rl-improved/eval/accuracy"))
-            outcome = f"correct: {sl:.0f} % (sl), {rl:.1f} % (rl-improved)"
+            parts = []
+            for method in ["sl", "sl-weight-decay", "rl", "rl-improved"]:
+                values = [100 * x for x in column(result, f"{method}/eval/accuracy")]
+                parts.append(f"{method} {spread(values, 1)} %")
+            outcome = f"greedy answers correct: {', '.join(parts)}"
         if script == "gpt2_sentiment.py":
             before = mean(column(result, "held_out_reward_before"))
-            after = mean(column(result, "held_out_reward"))
-            outcome = f"reward {before:.1f} → {after:.1f}"
+            after = spread(column(result, "held_out_reward"), 1)
+            kl = mean(column(result, "held_out_kl"))
+            outcome = f"reward {before:.1f} → {after}, KL {kl:.1f}"
         seconds = ""
         if "cpu_seconds" in result["runs"][0]:
             seconds = f"{mean(column(result, 'cpu_seconds')):.0f}"
@@ -217,10 +212,15 @@ def kl_coef_table():
 
 
 def stability_table():
-    """Falls of the score: the seeds of run.py, and those of stability.py."""
+    """Falls of the score: the seeds of run.py, and those of stability.py.
+
+    largest_fall is from the twenty progress lines of a run, the last column from the forty points
+    of its curve.
+    """
     results = load("runs")
     more_results = load("stability")
-    lines = header(["script", "seeds", "largest fall", "mean", "lowest success", "mean success"])
+    heads = ["script", "seeds", "largest fall of any seed", "mean over seeds"]
+    lines = header([*heads, "lowest success", "mean success", "largest fall between fortieths"])
     used = {}
     for script in ["reinforce.py", "ppo.py", "grpo.py"]:
         if script not in results:
@@ -233,7 +233,12 @@ def stability_table():
         falls = [run["largest_fall"] for run in runs]
         success = [run["success"] for run in runs]
         cells = [f"`{script}`", str(len(runs)), f"{max(falls):.3f}", spread(falls)]
-        lines.append(row([*cells, f"{min(success):.3f}", spread(success)]))
+        fine_falls = []
+        for run in runs:
+            scores = [score for _, score in run["curve"]]
+            fine_falls += [max(scores[:i]) - scores[i] for i in range(1, len(scores))]
+        cells += [f"{min(success):.3f}", spread(success), f"{max(fine_falls):.3f}"]
+        lines.append(row(cells))
     return "\n".join([*lines, "", footnote(used)])
 
 
@@ -318,17 +323,14 @@ def gpt2_table():
     if "gpt2_sentiment.py" not in results:
         return None
     result = results["gpt2_sentiment.py"]
-    lines = header(
-        ["prompts", "reward before", "after", "KL", "win rate", "distinct-2", "repetition"]
-    )
+    lines = header(["prompts", "reward before", "after", "KL", "win rate", "distinct-2"])
     for title, group in [("training", ""), ("held out", "held_out_")]:
         cells = [title]
         for name in ["reward_before", "reward", "kl"]:
             cells.append(spread(column(result, group + name), 1))
         cells.append(f"{mean(column(result, group + 'win_rate')):.2f}")
-        for name in ["distinct_2", "repetition"]:
-            before = mean(column(result, f"{group}{name}_before"))
-            cells.append(f"{before:.2f} → {mean(column(result, group + name)):.2f}")
+        before = mean(column(result, f"{group}distinct_2_before"))
+        cells.append(f"{before:.2f} → {mean(column(result, group + 'distinct_2')):.2f}")
         lines.append(row(cells))
     lines += ["", footnote({"gpt2_sentiment.py": result})]
     output = result["output"]
@@ -339,25 +341,23 @@ def gpt2_table():
 
 
 def gpt2_rewards_table():
-    """Held-out rewards before and after. "Highest": of the samples, over five rollouts in a row."""
+    """True rewards before, at their highest (of five rollouts in a row) and after."""
     results = load("gpt2_rewards")
     if not results:
         return None
-    heads = ["true reward before", "after", "highest", "learned reward", "KL", "distinct-2"]
+    heads = ["true reward before", "highest", "after", "held out", "learned reward", "KL"]
     lines = header(["flags", *heads])
     for command, result in results.items():
         flags = command.removeprefix("gpt2_sentiment.py ")
         cells = [f"`{flags}`"]
-        for name in ["held_out_reward_before", "held_out_reward", "highest_true_score"]:
-            cells.append(spread(column(result, name), 2))
+        for name in ["reward_before", "highest_true_score", "reward", "held_out_reward"]:
+            cells.append(spread(column(result, name), 1))
         learned = ""
-        if "held_out_learned_reward" in result["runs"][0]:
-            before = mean(column(result, "held_out_learned_reward_before"))
-            learned = f"{before:.2f} → {spread(column(result, 'held_out_learned_reward'), 2)}"
+        if "learned_reward" in result["runs"][0]:
+            before = mean(column(result, "learned_reward_before"))
+            learned = f"{before:.1f} → {spread(column(result, 'learned_reward'), 1)}"
         cells.append(learned)
-        cells.append(spread(column(result, "held_out_kl"), 1))
-        before = mean(column(result, "held_out_distinct_2_before"))
-        cells.append(f"{before:.2f} → {mean(column(result, 'held_out_distinct_2')):.2f}")
+        cells.append(spread(column(result, "kl"), 1))
         lines.append(row(cells))
     return "\n".join([*lines, "", footnote(results)])
 
@@ -520,13 +520,14 @@ def draw_reward_hacking(plt):
             for run in found["runs"]:
                 if run["uncertainty_coef"] == coef and run["kl_coef"] == kl_coef:
                     runs.append(run)
+            style = ["o-", "s--", "^-.", "D:"][number]  # so that it can be read in black and white
             mean_kl = [mean(values) for values in zip(*[r["kl"] for r in runs], strict=True)]
             for j, name in enumerate(["learned", "true"]):
                 for run in runs:
                     axes[j, i].plot(run["kl"], run[name], color=f"C{number}", alpha=0.25, lw=0.8)
                 rewards = [mean(values) for values in zip(*[r[name] for r in runs], strict=True)]
                 label = f"--kl-coef {kl_coef:g}"
-                axes[j, i].plot(mean_kl, rewards, marker=".", color=f"C{number}", label=label)
+                axes[j, i].plot(mean_kl, rewards, style, color=f"C{number}", ms=4, label=label)
         axes[0, i].set_title(f"--uncertainty-coef {coef:g}")
         axes[1, i].set_xlabel("KL(policy ‖ reference), nats per response")
     axes[0, 0].set_ylabel("learned reward")

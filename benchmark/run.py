@@ -151,14 +151,14 @@ def measure(command, seed, threads):
     success, kl, ... are exact if the script saves what exact.py evaluates; the figures that the
     script itself has sampled are then called sampled_success, sampled_kl, ... A command with
     --reward-model rm.pt gets that file from reward_model.py with the same seed; one with
-    --reward-model rm, or rm256 (overfitted to 256 pairs), that folder from gpt2_reward_model.py.
+    --reward-model rm, or rm64 (overfitted to 64 pairs), that folder from gpt2_reward_model.py.
     """
     script = command.split()[0]
     with tempfile.TemporaryDirectory() as folder:
         if "--reward-model rm.pt" in command:
             execute("reward_model.py --save-path rm.pt", seed, threads, folder)
-        elif "--reward-model rm256" in command:
-            flags = "--num-pairs 256 --epochs 40 --save-dir rm256"
+        elif "--reward-model rm64" in command:
+            flags = "--num-pairs 64 --epochs 40 --save-dir rm64"
             execute(f"benchmark/gpt2_reward_model.py {flags}", seed, threads, folder)
         elif "--reward-model rm" in command:
             execute("benchmark/gpt2_reward_model.py --save-dir rm", seed, threads, folder)
