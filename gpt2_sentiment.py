@@ -1393,7 +1393,7 @@ def main(args):
         for _ in range(args.update_epochs):
             for minibatch in torch.randperm(args.batch_size).split(minibatch_size):
                 optimizer.zero_grad()
-                step = defaultdict(float)
+                metrics = defaultdict(float)  # of this gradient step
                 for rows in share(minibatch).split(micro_batch_size):
                     states, logits = response_logits(
                         policy, prompts[rows], responses[rows], allowed[rows], args
@@ -1402,7 +1402,7 @@ def main(args):
                     with autocast(args):
                         values = critic(states, prompts[rows], responses[rows])
 
-                    pg_loss, metrics = policy_loss(
+                    pg_loss, token_metrics = policy_loss(
                         logprobs, old_logprobs[rows], advantages[rows], mask[rows], args.clip_coef
                     )
                     vf_loss = value_loss(
@@ -1413,27 +1413,28 @@ def main(args):
                         entropy = masked_sum(entropy, mask[rows]).mean()
                     loss = pg_loss + args.vf_coef * vf_loss - args.ent_coef * entropy
 
-                    # The losses are means over these responses, the metrics over their tokens.
-                    # Weighted by the share of the minibatch's responses or tokens, those of all
-                    # parts, on all processes, add up to the mean over the minibatch.
+                    # The losses are means over these responses, the token metrics over their
+                    # tokens. Weighted by the share of the minibatch's responses or tokens, those of
+                    # all parts, on all processes, add up to the mean over the minibatch.
                     share_of_responses = len(rows) / minibatch_size
                     share_of_tokens = mask[rows].sum() / mask[minibatch].sum()
                     (share_of_responses * loss).backward()
-                    step["policy_loss"] += share_of_responses * pg_loss.detach()
-                    step["value_loss"] += share_of_responses * vf_loss.detach()
-                    step["entropy"] += share_of_responses * entropy.detach()
-                    for name, value in metrics.items():
-                        step[name] += share_of_tokens * value
+                    metrics["policy_loss"] += share_of_responses * pg_loss.detach()
+                    metrics["value_loss"] += share_of_responses * vf_loss.detach()
+                    metrics["entropy"] += share_of_responses * entropy.detach()
+                    for name, value in token_metrics.items():
+                        metrics[name] += share_of_tokens * value
 
                 sum_over_processes([p.grad for p in parameters])
-                sum_over_processes(step.values())
-                step["grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                sum_over_processes(metrics.values())
+                grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()
-                steps.append(step)
-            if args.target_kl is not None and step["approx_kl"] > args.target_kl:
+                metrics["grad_norm"] = grad_norm
+                steps.append(metrics)
+            if args.target_kl is not None and metrics["approx_kl"] > args.target_kl:
                 break
 
-        if not step["grad_norm"].isfinite():
+        if not grad_norm.isfinite():
             fail(f"gradient not finite in rollout {rollout}; lower --learning-rate")
 
         # 4. Log.
@@ -1453,8 +1454,8 @@ def main(args):
             writer.add_scalar("charts/distinct_2", distinct_2(texts), episodes)
             writer.add_scalar("charts/learning_rate", learning_rate, episodes)
             writer.add_scalar("charts/episodes_per_second", episodes_per_second, episodes)
-            for name in step:
-                mean = torch.stack([metrics[name] for metrics in steps]).mean()
+            for name in metrics:
+                mean = torch.stack([step[name] for step in steps]).mean()
                 writer.add_scalar(f"losses/{name}", mean, episodes)
             writer.add_scalar("losses/ratio_first", steps[0]["ratio"], episodes)  # about 1
             error_variance = (returns - old_values)[mask].var(correction=0)
