@@ -393,8 +393,7 @@ def print_progress(args, epoch, metrics, seconds_left):
     print(
         f"{args.method:16}  seed {args.seed:<3d}  epoch {epoch:6d}"
         f"  train {metrics['train/accuracy']:6.1%}  held-out {metrics['eval/accuracy']:6.1%}"
-        f"  distinct {metrics['eval/distinct']:3d}  {seconds_left:.0f} s left",
-        flush=True,
+        f"  distinct {metrics['eval/distinct']:3d}  {seconds_left:.0f} s left"
     )
 
 

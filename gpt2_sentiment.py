@@ -82,7 +82,7 @@ class Args:
 
     # PPO
     kl_coef: float = 3.0  # β at the start: weight of KL(policy ‖ reference)
-    kl_target: float | None = 4.0  # adapt β to hold this KL, in nats per response; None: fixed β
+    kl_target: float | None = 4.0  # adapt β to hold KL(policy ‖ reference) at this; None: fixed β
     kl_horizon: int = 500  # episodes in which the adaptive β can change by about 20%
     gamma: float = 1.0  # discount per token; usually 1, since the score is paid at the end
     gae_lambda: float = 0.95  # GAE λ: 0 = one-step TD, 1 = Monte Carlo
@@ -123,7 +123,7 @@ def check_args(args):
     """Exit with an error if a flag's value makes no sense."""
     runs = Path("runs") if os.path.lexists("runs") else Path(".")
     resume = args.resume
-    other_flags = [f.name for f in fields(args) if getattr(args, f.name) != f.default]
+    changed = [f.name for f in fields(args) if getattr(args, f.name) != f.default]
     _, processes = rank_and_processes()
     minibatch_size = args.batch_size // max(1, args.num_minibatches)
     rules = [
@@ -135,7 +135,7 @@ def check_args(args):
             "--checkpoint-every: runs/ is not writable",
         ),
         (
-            resume is None or other_flags == ["resume"],
+            resume is None or changed == ["resume"],
             f"--resume {resume} continues with the flags it was started with; give no other flag",
         ),
         (
@@ -224,8 +224,8 @@ def check_args(args):
 
 
 # ---------------------------------------------------------------------------- Task
-# The grammar of the embedded model's sentences: an opening, then clauses. Openings are the prompts.
-TUTORIAL_PROMPTS = [  # of the tutorial "RL for LLMs" by Abbie Petulante
+# The embedded model's sentences are an opening and clauses. The openings are the default prompts.
+TUTORIAL_PROMPTS = [  # four of the openings, from the tutorial "RL for LLMs" by Abbie Petulante
     "I feel happy when",
     "The best part about this is",
     "I love how",
@@ -472,7 +472,7 @@ class KVCache:
 
 
 def linear(x, weight, bias=None):
-    """F.linear, computed as (W xᵀ)ᵀ if each response has one token, as in sampling.
+    """F.linear. On a CPU, inputs of one token per row, as in sampling, are computed as (W xᵀ)ᵀ.
 
     On two cores the 124M GPT-2 samples 1.2 times as fast by this.
     """
@@ -556,7 +556,7 @@ class GPT2(nn.Module):
         return self.ln_f(x)
 
     def head(self, states):
-        """Logits. There is no bias: dividing the states by the temperature divides the logits."""
+        """Logits. There is no bias, so dividing the smaller states divides the logits, too."""
         return linear(states, self.wte.weight)
 
 
@@ -581,7 +581,7 @@ class TextRewardModel(nn.Module):
 
     Like GPT2ForSequenceClassification, it scores at the last token of the text: the response's last
     token before EOS. The text is read with the reward model's own tokenizer. If the model was
-    trained with EOS after each text and a padding token other than EOS, append EOS here.
+    trained with EOS after each text and a padding token other than EOS, forward must append EOS.
     """
 
     def __init__(self, gpt, tokenizer):
@@ -730,7 +730,7 @@ def restrict(logits, allowed):
 
 
 @torch.no_grad()
-def generate_texts(policy, prompts, noise, temperature, top_k, top_p):
+def generate_responses(policy, prompts, noise, temperature, top_k, top_p):
     """Sample responses (B, R). Each ends at its first EOS and is padded with EOS.
 
     noise (B, R) is uniform on [0, 1). Each token is the first whose cumulative probability exceeds
@@ -858,16 +858,16 @@ def sum_over_processes(tensors):
 
 
 @torch.no_grad()
-def sample_and_score(policy, reference, prompts, noise, args):
-    """Sample responses (B, R), and run the policy and the reference over them.
+def sample_with_logits(policy, reference, prompts, noise, args):
+    """Sample responses (B, R), and compute the policy's and the reference's logits for them.
 
-    The policy reads them once more without the cache, as in training: so the first ratio is 1. With
-    --bf16 they were sampled from slightly different probabilities, which is not corrected.
+    The policy reads them once more without the cache, as in training, so that the first ratio is 1.
+    With --bf16 they were sampled from slightly different probabilities, which is not corrected.
     Also returns the tokens that were allowed (B, R, V) or (B, R, 1), the policy's hidden states
     (B, R, D), and the logits of both (B, R, V).
     """
     with autocast(args):
-        responses, allowed = generate_texts(
+        responses, allowed = generate_responses(
             policy, prompts, noise, args.temperature, args.top_k, args.top_p
         )
     states, logits = response_logits(policy, prompts, responses, allowed, args)
@@ -885,7 +885,7 @@ def sample_rollout(policy, critic, reference, prompts, noise, args):
     size = args.micro_batch_size or len(prompts)
     chunks = []
     for x, u in zip(share(prompts).split(size), share(noise).split(size), strict=True):
-        y, allowed, states, logits, ref_logits = sample_and_score(policy, reference, x, u, args)
+        y, allowed, states, logits, ref_logits = sample_with_logits(policy, reference, x, u, args)
         with autocast(args):
             values = critic(states, x, y)
         logprobs = token_logprobs(logits, y)
@@ -912,7 +912,7 @@ def evaluate_texts(policy, reference, prompts, tokenizer, reward_model, lexicon,
     responses = []
     kl = []
     for x, u in zip(share(prompts).split(size), share(noise).split(size), strict=True):
-        y, _, _, logits, ref_logits = sample_and_score(policy, reference, x, u, args)
+        y, _, _, logits, ref_logits = sample_with_logits(policy, reference, x, u, args)
         responses.append(y)
         kl.append(masked_sum(token_kl(logits, ref_logits), mask_to_eos(y, eos)))
     responses = gather(torch.cat(responses))
@@ -954,9 +954,9 @@ def scale_rewards(rewards, mask):
     """Divide rewards (B, R) by the population standard deviation of the rollout's token rewards.
 
     The mean is not subtracted: that would add a constant per token and so favour some lengths. (TRL
-    subtracts it before the division and adds it back afterwards, undivided.) The deviation is that
-    of one rollout. In the default run it grows from 2 to 9, so a score of 10 is
-    worth less and less, and the critic's values are too large until the critic has caught up.
+    subtracts it before the division and adds it back afterwards, undivided.) Score and KL penalty
+    shrink alike. In the default run the deviation grows from 2 to 9, so the returns shrink, and the
+    critic's values are too large until it has caught up.
     """
     mean = masked_mean(rewards, mask)
     std = masked_mean((rewards - mean) ** 2, mask).sqrt()
@@ -1092,11 +1092,11 @@ def transpose_linear(weights):
 def rename_weights(weights):
     """Rename and transpose Hugging Face's tensors for GPT2, as float32; drop those not used."""
     weights = {name.removeprefix("transformer."): x.float() for name, x in weights.items()}
-    head = weights.pop("lm_head.weight", None)  # tied to wte: the same numbers
-    if head is not None and "wte.weight" not in weights:
-        weights["wte.weight"] = head
-    if head is not None and not torch.equal(weights["wte.weight"], head):
-        raise ValueError("lm_head.weight differs from wte.weight (untied heads)")
+    head = weights.pop("lm_head.weight", None)  # tied to wte: some files have only one of them
+    if head is not None:
+        embedding = weights.setdefault("wte.weight", head)
+        if not torch.equal(embedding, head):
+            raise ValueError("lm_head.weight differs from wte.weight (untied heads)")
     unused = (".attn.bias", ".attn.masked_bias")  # causal masks in old files
     weights = {name: x for name, x in weights.items() if not name.endswith(unused)}
     weights = {name: x for name, x in weights.items() if not name.startswith("v_head.")}  # of TRL
@@ -1141,10 +1141,10 @@ def load_gpt2(folder, flag="--model"):
         gpt.load_state_dict(weights, assign=True)
         path = first_file(folder, ["tokenizer.json", "vocab.json"])
         tokenizer = read_tokenizer(path)
-        spare = config.vocab_size - tokenizer.get_vocab_size()
-        padded_for_speed = config.vocab_size % 64 == 0 and 0 <= spare < 128
-        if spare != 0 and not padded_for_speed:
-            size = tokenizer.get_vocab_size()
+        size = tokenizer.get_vocab_size()
+        # Some models pad the vocabulary to a multiple of 64 for speed; the extra ids have no text.
+        padded = config.vocab_size % 64 == 0 and 0 <= config.vocab_size - size < 128
+        if config.vocab_size != size and not padded:
             raise ValueError(f"the tokenizer has {size} tokens, the weights {config.vocab_size}")
     except Exception as error:  # a file can be wrong in any number of ways
         fail(f"{flag} {folder}: {path.name} cannot be used ({one_line(error)})")
@@ -1240,14 +1240,14 @@ def load_checkpoint(run):
 def main(args):
     start_time = time.time()
     check_args(args)
-    if args.reward_model is not None and not args.reward_model.is_dir():
-        fail(f"--reward-model {args.reward_model}: no such directory")
     args = replace(args)  # a copy, since the learning rate may be filled in below
     state = None
     run_folder = args.resume
     if run_folder is not None:
         state, args = load_checkpoint(run_folder)
         check_args(args)
+    if args.reward_model is not None and not args.reward_model.is_dir():
+        fail(f"--reward-model {args.reward_model}: no such directory")
     rank, processes = rank_and_processes()
     if processes > 1:
         if args.device == "cuda":
@@ -1338,9 +1338,10 @@ def main(args):
             for part in run_folder.glob("checkpoint.pt.*.part"):
                 part.unlink()  # of a run that was killed
         count = sum(p.numel() for p in parameters)
-        print(f"{run_name}: {count:,} parameters on {device}", flush=True)
+        print(f"{run_name}: {count:,} parameters on {device}")
         if args.tensorboard:
-            purge_step = (first_rollout - 1) * args.batch_size + 1 if state is not None else None
+            # When resuming, hide what the stopped run logged after its checkpoint.
+            purge_step = None if state is None else state["rollout"] * args.batch_size + 1
             writer = SummaryWriter(str(run_folder), purge_step=purge_step)
     if writer:
         lines = [f"|{flag}|{value}|" for flag, value in asdict(args).items()]
@@ -1366,7 +1367,7 @@ def main(args):
         prompts = train_prompts[prompt_rows]  # (B, P)
         responses, old_logprobs, ref_logprobs, old_values, allowed = sample_rollout(
             policy, critic, reference, prompts, noise.to(device), args
-        )  # (B, R)
+        )  # each (B, R), except allowed: (B, R, V) or (B, R, 1)
         mask = mask_to_eos(responses, eos)  # (B, R)
         prompt_texts, texts = decode_texts(tokenizer, prompts, responses, eos)
         true_scores = score_texts(prompt_texts, texts, args.reward, lexicon)
@@ -1413,17 +1414,17 @@ def main(args):
                         entropy = masked_sum(entropy, mask[rows]).mean()
                     loss = pg_loss + args.vf_coef * vf_loss - args.ent_coef * entropy
 
-                    # The losses are means over these responses, the token metrics over their
-                    # tokens. Weighted by the share of the minibatch's responses or tokens, those of
-                    # all parts, on all processes, add up to the mean over the minibatch.
-                    share_of_responses = len(rows) / minibatch_size
-                    share_of_tokens = mask[rows].sum() / mask[minibatch].sum()
-                    (share_of_responses * loss).backward()
-                    metrics["policy_loss"] += share_of_responses * pg_loss.detach()
-                    metrics["value_loss"] += share_of_responses * vf_loss.detach()
-                    metrics["entropy"] += share_of_responses * entropy.detach()
+                    # Losses and entropy are means over the responses in rows, the token metrics
+                    # means over their tokens. Weighted by their part of the minibatch, they add up,
+                    # over micro-batches and processes, to the minibatch's means.
+                    response_weight = len(rows) / minibatch_size
+                    token_weight = mask[rows].sum() / mask[minibatch].sum()
+                    (response_weight * loss).backward()
+                    metrics["policy_loss"] += response_weight * pg_loss.detach()
+                    metrics["value_loss"] += response_weight * vf_loss.detach()
+                    metrics["entropy"] += response_weight * entropy.detach()
                     for name, value in token_metrics.items():
-                        metrics[name] += share_of_tokens * value
+                        metrics[name] += token_weight * value
 
                 sum_over_processes([p.grad for p in parameters])
                 sum_over_processes(metrics.values())
@@ -1473,8 +1474,7 @@ def main(args):
             print(
                 f"episode {episodes:6d}  score {sum(recent_scores) / len(recent_scores):.3f}  "
                 f"KL {mean_kl:.3f}  {episodes_per_second:,.1f} episodes/s  "
-                f"{seconds_left:.0f} s left",
-                flush=True,
+                f"{seconds_left:.0f} s left"
             )
             recent_scores = []
             if writer:
@@ -1534,11 +1534,12 @@ def main(args):
         lines += ["", *pairs[:5], "", summary]
         if writer:
             writer.add_scalar(f"eval/{prefix}win_rate", wins.mean(), episodes)
-            writer.add_text(f"{prefix}texts", "\n\n".join(pairs[:32]), episodes)
+            writer.add_text(f"eval/{prefix}texts", "\n\n".join(pairs[:32]), episodes)
     if writer:
         writer.close()
     if rank == 0:
-        print("\n".join(lines), f" {time.time() - start_time:.1f} s", flush=True)
+        lines[-1] += f"  {time.time() - start_time:.1f} s"
+        print("\n".join(lines))
     if processes > 1:
         # Wait for the other processes. Not with dist.barrier(): with gloo it can hang at the end.
         finished = torch.zeros(1, device=device)

@@ -32,7 +32,7 @@ def sample_pairs(policy, tokenizer, prompts, count, annotator_temperature):
     pairs = []
     for _ in range(2):
         noise = torch.rand(count, RESPONSE_LENGTH, dtype=torch.float64)
-        responses, _ = gpt2.generate_texts(policy, prompts[rows], noise, 1.0, 0, 1.0)
+        responses, _ = gpt2.generate_responses(policy, prompts[rows], noise, 1.0, 0, 1.0)
         eos = policy.config.eos_token_id
         texts, responses = gpt2.decode_texts(tokenizer, prompts[rows], responses, eos)
         pairs.append(responses)

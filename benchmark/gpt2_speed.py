@@ -65,7 +65,7 @@ def tokens_per_second(policy, folder, args):
 
     def ours():
         with gpt2.autocast(args):
-            gpt2.generate_texts(policy, prompts, noise, 1.0, 0, 1.0)
+            gpt2.generate_responses(policy, prompts, noise, 1.0, 0, 1.0)
 
     print("| tokens per second | |\n|-|-|", flush=True)
     theirs = None
@@ -151,7 +151,7 @@ def iteration(policy, folder, args):
 
     def generation():
         with gpt2.autocast(args):
-            made["y"], _ = gpt2.generate_texts(policy, x, noise, 1.0, 0, 1.0)
+            made["y"], _ = gpt2.generate_responses(policy, x, noise, 1.0, 0, 1.0)
 
     def read(model):
         states, logits = gpt2.response_logits(model, x, made["y"], None, args)

@@ -72,8 +72,8 @@ def compare_devices(device):
         logits = policy.head(policy(prompts))
         other_logits = other_policy.head(other_policy(prompts.to(device)))
     print(f"| gpt2_sentiment.py: logits | {gap(other_logits, logits):.1e} | 1e-4 |")
-    responses, _ = gpt2.generate_texts(policy, prompts, noise, 1.0, 0, 1.0)
-    other_responses, _ = gpt2.generate_texts(
+    responses, _ = gpt2.generate_responses(policy, prompts, noise, 1.0, 0, 1.0)
+    other_responses, _ = gpt2.generate_responses(
         other_policy, prompts.to(device), noise.to(device), 1.0, 0, 1.0
     )
     different = (responses != other_responses.cpu()).any(1).float().mean().item()

@@ -85,6 +85,17 @@ def load(name):
     return json.loads(path.read_text())
 
 
+# With these flags the loss has another aim than J with the β of the command.
+OTHER_AIMS = [
+    "--reward process",
+    "--scale-rewards",
+    "--loss-type ipo",
+    "--loss-type hinge",
+    "--label-smoothing",
+    "--length-normalize",
+]
+
+
 def metrics_table(results, first, columns):
     """A row per command, a column per metric. columns: {title: metric}."""
     if not results:
@@ -92,7 +103,11 @@ def metrics_table(results, first, columns):
     lines = header([first, *columns])
     for command, result in results.items():
         cells = [f"`{command}`"]
-        cells += [spread(column(result, metric)) for metric in columns.values()]
+        for metric in columns.values():
+            if metric == "normalised_gain" and any(flag in command for flag in OTHER_AIMS):
+                cells.append("–")
+            else:
+                cells.append(spread(column(result, metric)))
         lines.append(row(cells))
     return "\n".join([*lines, "", footnote(results)])
 

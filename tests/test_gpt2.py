@@ -43,7 +43,7 @@ def close(found, exact, atol=1e-5):
 
 
 def sample(policy, prompts, noise, temperature=1.0, top_k=0, top_p=1.0):
-    return gpt2.generate_texts(policy, prompts, noise, temperature, top_k, top_p)
+    return gpt2.generate_responses(policy, prompts, noise, temperature, top_k, top_p)
 
 
 def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):

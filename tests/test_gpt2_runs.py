@@ -952,7 +952,7 @@ def logged(tag):
 
 def test_results_are_what_the_texts_say(monkeypatch, capsys):
     calls = spy(monkeypatch, "evaluate_texts")
-    samples = spy(monkeypatch, "generate_texts")
+    samples = spy(monkeypatch, "generate_responses")
     kls = spy(monkeypatch, "token_kl")
     end_sooner(monkeypatch)
     result = run(eval_samples=12, response_length=8, tensorboard=True, micro_batch_size=12)
@@ -1000,7 +1000,7 @@ def test_results_are_what_the_texts_say(monkeypatch, capsys):
             for head, old, new in zip(heads, olds, news, strict=True)
         ]
         assert "\n\n" + "\n".join(shown[:5]) + "\n\n" in out and shown[5] not in out
-        assert logged(f"{prefix}texts") == "\n\n".join(shown)
+        assert logged(f"eval/{prefix}texts") == "\n\n".join(shown)
 
 
 def test_charts_and_losses_are_means_over_the_rollout(monkeypatch, tmp_path):
