@@ -11,7 +11,7 @@ compute_loss_weights), β acts like β·G/(G-1) (group_advantages), and the KL l
 effect on later ones (kl_penalty).
 
 The default is GRPO without the division by the group's standard deviation, and with a KL estimator
-whose gradient is right (k3-iw). The losses as published:
+whose expected gradient is that of the KL at each token (k3-iw). The losses as published:
 
   GRPO      --scale-rewards group --kl-estimator k3                         (arXiv:2402.03300)
   Dr. GRPO  --loss-type dr-grpo --kl-coef 0                                 (arXiv:2503.20783)
@@ -20,9 +20,10 @@ whose gradient is right (k3-iw). The losses as published:
   GSPO      --loss-type gspo --scale-rewards group --kl-coef 0              (arXiv:2507.18071)
             --clip-coef 3e-4 --clip-coef-high 4e-4
   CISPO     --loss-type cispo --scale-rewards group --kl-coef 0             (arXiv:2506.13585)
+            (the paper does not say what --clip-coef-high it takes)
 
-Left out: GRPO's process supervision and iterative training (new reference and reward model);
-DAPO's dynamic sampling and its penalty for overlong responses.
+Left out: GRPO's process supervision and iterative training (new reference and reward model); the
+dynamic sampling and the penalty for overlong responses of DAPO, which CISPO's paper also uses.
 
 The task: given three digits, write two more and EOS so that all five sum to 20. A small GPT is
 first trained on correct answers (SFT). A frozen copy of it is the reference; GRPO trains the
@@ -392,8 +393,10 @@ def group_advantages(scores, group_size, scale_rewards):
     none   (arXiv:2503.20783): not divided. Each score is part of its own baseline, so at π = π_old
            the expected gradient of the reward is (G-1)/G of what it would be with the mean of the
            others, and β acts like β·G/(G-1). To undo this, multiply --kl-coef by (G-1)/G.
-    group  (arXiv:2402.03300): of the group. Raises the weight of prompts that are nearly always or
-           nearly never solved, so training no longer aims at the maximum of J.
+    group  (arXiv:2402.03300): of the group, which for scores of 0 and 1 is at most ½. The KL is not
+           divided, so β counts for less: for G = 4 it acts like 0.6·β. Prompts that are nearly
+           always or nearly never solved weigh more, the more the larger G is (7 % for G = 4). So
+           training no longer aims at the maximum of J.
     batch  (arXiv:2508.08221): of the batch, the same for every prompt. It shrinks as the scores
            become equal: the advantages then grow, and β counts for less.
     """
@@ -413,7 +416,8 @@ def compute_loss_weights(mask, loss_type):
     """Loss weight of the tokens of each response (B,), from the mask (B, R) of a whole rollout.
 
     grpo, gspo:   mean over the tokens of each response, then over responses (arXiv:2402.03300,
-                  eq. 3; arXiv:2507.18071, eq. 5). Tokens of short responses count more.
+                  eq. 3). Tokens of short responses count more. The tokens of a response have one
+                  ratio with gspo, so this is arXiv:2507.18071, eq. 5.
     dr-grpo:      sum over tokens divided by the maximum length, R (arXiv:2503.20783).
     dapo, cispo:  mean over all tokens of the rollout (in arXiv:2503.14476, eq. 8, and
                   arXiv:2506.13585, eq. 4, of the group). All tokens count alike, as for dr-grpo.

@@ -429,7 +429,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip_coef):
         metrics = {
             # KL(π_old ‖ π) by the k3 estimator, http://joschu.net/blog/kl-approx.html
             "approx_kl": masked_mean(ratio - 1 - logratio, mask),
-            "clipfrac": masked_mean((ratio != clipped).float(), mask),  # share that is clipped
+            "clipfrac": masked_mean((ratio != clipped).float(), mask),  # share outside 1 ± ε
             "ratio": masked_mean(ratio, mask),  # 1, up to rounding, at a rollout's first step
         }
     return -masked_sum(objective, mask).mean(), metrics
@@ -606,7 +606,7 @@ def main(args):
             writer.add_scalar("losses/ratio_first", steps[0]["ratio"], episodes)  # about 1
             error_variance = (returns - old_values)[mask].var(correction=0)
             variance = returns[mask].var(correction=0).clamp(min=1e-8)
-            explained = 1 - error_variance / variance  # too high if λ < 1: returns contain values
+            explained = 1 - error_variance / variance  # biased if λ < 1: returns contain values
             writer.add_scalar("losses/explained_variance", explained, episodes)
         recent_scores.append(score)
         if rollout % max(1, num_rollouts // 20) == 0:

@@ -339,8 +339,8 @@ def token_rewards(scores, kl, mask, kl_coef):
 def returns_to_go(rewards, mask, gamma):
     """Discounted sum of the rewards from each token on. (B, R) to (B, R), zero after EOS.
 
-    A token is not credited with rewards paid before it. With γ < 1 the gradient of the t-th
-    token would also have a factor γ^t, which is left out, as is usual.
+    A token is not credited with rewards paid before it. With γ < 1 the gradient of the discounted
+    return would also have a factor γ^t at token t = 0, 1, ...; it is left out, as is usual.
     """
     returns = torch.zeros_like(rewards)
     next_return = torch.zeros_like(rewards[:, 0])  # (B,)
@@ -353,8 +353,8 @@ def returns_to_go(rewards, mask, gamma):
 def leave_one_out_mean(returns, group_size):
     """For each response, the mean return of the others in its group. (B,) to (B,)
 
-    A response's own return is left out: with the mean of the whole group (G responses) the expected
-    gradient would shrink to (G - 1) / G of what it should be.
+    A response's own return is left out: with the mean of the whole group (G responses) and γ = 1
+    the expected gradient would shrink to (G - 1) / G of what it should be.
     """
     groups = returns.view(-1, group_size)
     others = groups.sum(1, keepdim=True) - groups
@@ -378,7 +378,7 @@ def rwr_weights(returns, temperature, top_fraction):
     Proportional to exp(return / temperature) for the best fraction of the responses (and
     ties), 0 for the rest; they sum to 1. If all of many responses are kept, the best fit to them is
     π_new ∝ π · exp(return / temperature). That is π itself only where all responses to a prompt
-    have the same return R - β·log(π/π_ref) (with γ = 1): at the maximum of J.
+    have the same return R - β·log(π/π_ref): with γ = 1 and β > 0, at the maximum of J.
     """
     num_kept = math.ceil(top_fraction * len(returns))
     lowest = returns.topk(num_kept).values[-1]

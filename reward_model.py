@@ -65,7 +65,7 @@ class Args:
 
     # Feedback
     sft_steps: int = 100  # SFT steps that train the reference; 0: random weights
-    policy: Path | None = None  # judge responses of this saved policy, instead of the reference's
+    policy: Path | None = None  # judge this saved policy's responses (at temperature 1)
     learn_from: Literal["preferences", "labels", "demonstrations"] = "preferences"  # see above
     num_examples: int = 32_768  # preference pairs, labelled responses or demonstrations
     num_samples: int = 3  # policy samples that each demonstration is compared with
@@ -591,7 +591,7 @@ def evaluate_scores(reward_model, policy, prompts, targets, annotator_temperatur
     standard error (treating the pairs as independent). bayes_accuracy: the same for the true
     reward; no scores can do better. deviation: standard deviation over the ensemble of a pair's
     margin (difference of scores). Pairs of identical responses do not count. correlation: of scores
-    and true rewards.
+    and true rewards over all prompts; the constants per prompt, which mean nothing, lower it.
     """
     correct = []
     bayes_correct = []
