@@ -91,7 +91,7 @@ FLAGS_OF_OTHERS = {"logdir", "nproc-per-node", "help", "no-tensorboard"}
 
 def test_every_flag_in_the_readme_exists():
     flags = {field.name for path in SCRIPTS for field in fields(args_of(path))}
-    for flag in re.findall(r"`--([a-z-]+)", README):
+    for flag in re.findall(r"`--([a-z0-9-]+)", README):
         assert flag.replace("-", "_") in flags or flag in FLAGS_OF_OTHERS, flag
 
 

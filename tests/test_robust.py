@@ -446,3 +446,12 @@ def test_questions_refuse_a_file_in_another_encoding(tmp_path, capsys):
         epochs=reward_model.Args.epochs,
     )
     assert "--preferences mine.jsonl" in error
+
+
+@each_script
+def test_one_step_of_sft_is_taken(script, monkeypatch):
+    calls = programs.spy(monkeypatch, script, "sft")
+    script.main(few(script, sft_steps=1))
+    assert len(calls) == 1
+    script.main(few(script, sft_steps=0))
+    assert len(calls) == 1
