@@ -7,9 +7,9 @@ Reinforcement learning (RL): y is sampled from π, A = reward - baseline, and c 
 bonus. Every epoch is one gradient step on all training prompts.
 
 The task: given three digits, answer with two more so that all five sum to 20. We measure how often
-the most probable answer to a held-out prompt is correct. The rows below differ in how they train;
-the first seven are those of the post "Reinforcement Learning" of Tommy's Blog. Beside each: its
-held-out accuracy after 10,000 epochs, a mean over ten seeds.
+the most probable answer to a held-out prompt is correct. Of the methods below, the first seven are
+those of the post "Reinforcement Learning" of Tommy's Blog. Beside each: its held-out accuracy after
+10,000 epochs, a mean over ten seeds.
 
     sl                 62%  learns the answers to the training prompts by heart
     sl-weight-decay    87%  weight decay makes it generalise
@@ -18,13 +18,13 @@ held-out accuracy after 10,000 epochs, a mean over ten seeds.
     rl-distance        74%  reward for near misses too: learns early, but settles for near misses
     rl-sharp           95%  a reward that falls steeply with the distance does not settle
     sl-then-rl         94%  10% of the epochs SL, then rl-sharp: starts where rewards are common
-    rl-improved       100%  quadratic reward, leave-one-out baseline, learning rate decays to 0
+    rl-improved       100%  square reward, leave-one-out baseline, learning rate decays to 0
     sl-then-improved   99%  10% of the epochs SL, then rl-improved
     joint              99%  rl-improved plus an SL loss whose weight decays to 0
 
-    python digits_sum20.py                               # all rows, one process per core: 2 minutes
+    python digits_sum20.py                               # all, one process per core: 2 minutes
     python digits_sum20.py --num-seeds 10                # mean ± standard deviation over ten seeds
-    python digits_sum20.py --method rl --ent-coef 0.05   # one row, with one of its values changed
+    python digits_sum20.py --method rl --ent-coef 0.05   # one, with one of its values changed
 """
 
 # /// script
@@ -70,12 +70,12 @@ class Args:
         "rl-improved",
         "sl-then-improved",
         "joint",
-    ] = "ladder"  # the row to run; ladder runs all of them
-    num_seeds: int = 1  # runs of each row, with seeds --seed, --seed + 1, ...
+    ] = "ladder"  # the method to run; ladder runs all of them
+    num_seeds: int = 1  # runs of each method, with seeds --seed, --seed + 1, ...
     epochs: int = 10_000  # gradient steps, each on all training prompts
     hidden_dim: int = 64  # hidden units of the network
 
-    # The values of one row. None: the row's own value in METHODS.
+    # The values of one method. None: the method's own value in METHODS.
     learning_rate: float | None = None  # Adam step size (SL before RL has that of sl-weight-decay)
     learning_rate_final: float | None = None  # the learning rate decays linearly to this
     weight_decay: float | None = None  # L2 penalty (SL before RL has that of sl-weight-decay)
@@ -89,7 +89,7 @@ class Args:
     sl_coef_final: float | None = None  # the weight of the SL loss decays linearly to this
 
 
-# The rows. A row reads the flags listed for it and no others; without a reward it is SL.
+# A method reads the flags listed for it and no others; without a reward it is SL.
 METHODS = {
     "sl": {
         "learning_rate": 0.01,
@@ -186,8 +186,8 @@ POST = {
 }
 
 
-def row_args(args, method, seed):
-    """The flags of one run. Where the command line gives no value, the row's own is filled in."""
+def method_args(args, method, seed):
+    """The flags of one run. Where the command line gives no value, the method's own is used."""
     values = {}
     for flag, own_value in METHODS[method].items():
         given = getattr(args, flag)
@@ -213,16 +213,16 @@ def check_args(args):
         (args.hidden_dim >= 1, f"--hidden-dim {args.hidden_dim} must be at least 1"),
     ]
     for flag, value in asdict(args).items():
-        readers = [method for method, row in METHODS.items() if flag in row]
+        readers = [method for method, values in METHODS.items() if flag in values]
         ignored = readers and value is not None and args.method not in readers
         name = flag.replace("_", "-")
         rules.append((not ignored, f"--{name} is only for --method {', '.join(readers)}"))
 
-    # A value of None is not read by the row.
-    row = args if args.method == "ladder" else row_args(args, args.method, args.seed)
-    if row.learning_rate is not None:
-        valid = 0 < row.learning_rate < 1
-        rules.append((valid, f"--learning-rate {row.learning_rate} must be in (0, 1)"))
+    # The flags of the run. None: a flag that the method does not read.
+    job = args if args.method == "ladder" else method_args(args, args.method, args.seed)
+    if job.learning_rate is not None:
+        valid = 0 < job.learning_rate < 1
+        rules.append((valid, f"--learning-rate {job.learning_rate} must be in (0, 1)"))
     for flag in (
         "learning_rate_final",
         "weight_decay",
@@ -232,15 +232,15 @@ def check_args(args):
         "sl_coef",
         "sl_coef_final",
     ):
-        value = getattr(row, flag)
+        value = getattr(job, flag)
         valid = value is None or 0 <= value < 1e6
         rules.append((valid, f"--{flag.replace('_', '-')} {value} must be in [0, 1e6)"))
-    if row.baseline == "rloo":
-        enough = row.samples_per_prompt is not None and row.samples_per_prompt >= 2
+    if job.baseline == "rloo":
+        enough = job.samples_per_prompt is not None and job.samples_per_prompt >= 2
         rules.append((enough, "--baseline rloo needs --samples-per-prompt 2 or more"))
-    if row.sft_fraction is not None:
-        valid = 0 <= row.sft_fraction < 1 and round(row.sft_fraction * row.epochs) < row.epochs
-        rules.append((valid, f"--sft-fraction {row.sft_fraction} must leave epochs for RL"))
+    if job.sft_fraction is not None:
+        valid = 0 <= job.sft_fraction < 1 and round(job.sft_fraction * job.epochs) < job.epochs
+        rules.append((valid, f"--sft-fraction {job.sft_fraction} must leave epochs for RL"))
     for valid, error in rules:
         if not valid:
             fail(error)
@@ -344,9 +344,9 @@ def leave_one_out(rewards):
 
 def rl_loss(logprobs, answers, advantages, weights, ent_coef):
     """REINFORCE with an entropy bonus. logprobs: (N, 100); answers, advantages, weights: (N, M)."""
-    chosen = logprobs.gather(1, answers)  # (N, M)
+    answer_logprobs = logprobs.gather(1, answers)  # (N, M)
     entropy = -(logprobs.exp() * logprobs).sum(1, keepdim=True)  # (N, 1)
-    return -(weights * (advantages * chosen + ent_coef * entropy)).sum()
+    return -(weights * (advantages * answer_logprobs + ent_coef * entropy)).sum()
 
 
 def linear_decay(start, end, progress):
@@ -357,10 +357,13 @@ def linear_decay(start, end, progress):
 
 
 def pretrain(model, inputs, correct, epochs):
-    """SL before RL, with the values of the row sl-weight-decay."""
-    row = METHODS["sl-weight-decay"]
+    """SL before RL, with the values of sl-weight-decay."""
+    values = METHODS["sl-weight-decay"]
     optimizer = torch.optim.Adam(
-        model.parameters(), lr=row["learning_rate"], weight_decay=row["weight_decay"], fused=True
+        model.parameters(),
+        lr=values["learning_rate"],
+        weight_decay=values["weight_decay"],
+        fused=True,
     )
     for _ in range(epochs):
         loss = sl_loss(model(inputs).log_softmax(1), correct)
@@ -406,9 +409,9 @@ def mean_and_std(values):
 
 
 def print_results(results):
-    """A table of the results over the seeds. results: row name to the final metrics of its runs."""
+    """A table of the results over the seeds. results: method to the final metrics of its runs."""
     print()
-    print("row                   train %   held-out %     distinct        range  seconds   post %")
+    print("method                train %   held-out %     distinct        range  seconds   post %")
     for method, runs in results.items():
         train_accuracy = [100 * run["train/accuracy"] for run in runs]
         test_accuracy = [100 * run["eval/accuracy"] for run in runs]
@@ -434,7 +437,7 @@ def print_answers(prompts, answers):
 
 # ---------------------------------------------------------------------------- Training
 def train(args, folder, verbose):
-    """One run: train one row with one seed.
+    """One run: train one method with one seed.
 
     Curves go to the folder unless it is None. Returns the final metrics, and the most probable
     answers to the first ten held-out prompts.
@@ -548,14 +551,14 @@ def main(args):
     check_args(args)
     start_time = time.time()
 
-    # A job is the flags of one run. Jobs: every row with every seed.
+    # A job is the flags of one run. Jobs: every method with every seed.
     methods = [args.method]
     if args.method == "ladder":
         methods = list(METHODS)
     jobs = []
     for method in methods:
         for seed in range(args.seed, args.seed + args.num_seeds):
-            jobs.append(row_args(args, method, seed))
+            jobs.append(method_args(args, method, seed))
 
     run_name = f"digits_sum20__{args.seed}__{datetime.now():%Y-%m-%d-%H%M%S-%f}"
     print(f"{run_name}: {len(jobs)} runs of {args.epochs:,} epochs, {args.hidden_dim} hidden units")

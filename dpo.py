@@ -1,17 +1,19 @@
 """DPO for language models: learn from preference pairs, without a reward model.
 
-    minimise over π:  L(π) = -E[log σ(β·h)],   h = log[π(w|x)/π_ref(w|x)] - log[π(l|x)/π_ref(l|x)]
+    minimise over π:  L(π) = -E[log σ(β·h)]
+    with h = log[π(chosen|x) / π_ref(chosen|x)] - log[π(rejected|x) / π_ref(rejected|x)]
 
-Each pair has two responses to the prompt x: w was preferred to l. Take gradient steps on the
-pairs in random order. With --rounds, repeat: each round adds new pairs, sampled from the current
-policy.
+Each pair has two responses to the prompt x: chosen was preferred to rejected. Take gradient steps
+on the pairs in random order. With --rounds, repeat: each round adds new pairs, sampled from the
+current policy.
 
 DPO: Rafailov et al. 2023 (arXiv:2305.18290). Rounds (iterative DPO): Xu et al. 2023
 (arXiv:2312.16682); with new pairs at every step: Guo et al. 2024 (arXiv:2402.04792).
 
-If A is preferred to B with probability σ((R(A) - R(B)) / τ), the minimum of L is at
-π* ∝ π_ref · exp(R / (τβ)), which also maximises E[R] - τβ · KL(π ‖ π_ref). This holds for the
-sigmoid loss without label smoothing or length normalisation.
+Let R be the true reward and τ say how noisy the annotator is. If a response A is preferred to B
+with probability σ((R(A) - R(B)) / τ), the minimum of L is at π* ∝ π_ref · exp(R / (τβ)), which also
+maximises E[R] - τβ · KL(π ‖ π_ref). This holds for the sigmoid loss without label smoothing or
+length normalisation.
 
 The task: given three digits, write two more and EOS so that all five sum to 20. A small GPT is
 first trained on correct answers (SFT). A frozen copy of it is the reference; DPO trains the
@@ -128,10 +130,9 @@ def check_args(args):
             is_default = getattr(args, flag) == getattr(Args, flag)
             name = flag.replace("_", "-")
             rules.append((is_default, f"--{name} has no effect with --preferences"))
-    elif args.loss_type == "robust" and args.annotator_temperature > 0:
-        # See dpo_loss. For rewards of 0 and 1 the annotator's error rate is σ(-1/τ); tanh, unlike
-        # exp, cannot overflow: σ(-z) = (1 - tanh(z/2)) / 2.
-        error_rate = (1 - math.tanh(0.5 / args.annotator_temperature)) / 2
+    elif args.loss_type == "robust":
+        # See dpo_loss. σ(-1/τ): how often the annotator prefers a reward of 0 to a reward of 1.
+        error_rate = torch.sigmoid(-1 / torch.tensor(args.annotator_temperature)).item()
         valid = smoothing < error_rate
         rules.append((valid, f"--loss-type robust: --label-smoothing must be < {error_rate:.3f}"))
     for valid, error in rules:
@@ -376,7 +377,7 @@ def sample_preferences(policy, prompts, targets, annotator_temperature):
 
 
 def read_preferences(path, test_prompts):
-    """Read preference pairs from a file of JSON lines, in the layout of sample_preferences.
+    """Read preference pairs from a JSON Lines file. Returns what sample_preferences returns.
 
     Leaves out pairs of held-out prompts (so that the evaluation stays clean) and pairs of
     identical responses that are not marked as ties, and prints their number. Exits on a bad line.
@@ -446,7 +447,7 @@ def reference_logprobs(reference, prompts, chosen, rejected, length_normalize, m
 
 
 def pair_loss(h, beta, loss_type):
-    """Pair losses (B,). h (B,): how much more than the reference the policy prefers w to l.
+    """Pair losses (B,). h (B,): how much more than the reference the policy prefers chosen.
 
     sigmoid: arXiv:2305.18290, eq. 7.
     ipo:     arXiv:2310.12036, eq. 17; h tends to 1/(2β), not to infinity, if a pair is always
@@ -458,7 +459,7 @@ def pair_loss(h, beta, loss_type):
         return (h - 1 / (2 * beta)) ** 2
     if loss_type == "hinge":
         return (1 - beta * h).relu()
-    return -F.logsigmoid(beta * h)
+    return -F.logsigmoid(beta * h)  # sigmoid and robust
 
 
 def dpo_loss(chosen_logratios, rejected_logratios, ties, beta, loss_type, label_smoothing):
@@ -469,22 +470,23 @@ def dpo_loss(chosen_logratios, rejected_logratios, ties, beta, loss_type, label_
     labels flipped with probability ε is the sigmoid loss on the true labels. A tie counts half
     each way.
 
-    robust needs ε below the probability that the annotator prefers the worse response: σ(-1/τ) for
-    rewards of 0 and 1. From that value on, the loss of this order of the pair has an expected
-    weight of 0 or less, so the expected loss has no minimum and h goes to infinity. With one label
-    per pair that happens for any ε: train for few epochs.
+    robust needs ε below σ(-1/τ), the probability that the annotator prefers a reward of 0 to a
+    reward of 1. From there on, the loss of the wrong order has an expected weight of 0 or less, so
+    the expected loss has no minimum and h goes to infinity. With one label per pair that happens
+    for any ε: train for few epochs.
     """
     h = chosen_logratios - rejected_logratios
     chosen_weight = torch.full_like(h, 1 - label_smoothing)
     if loss_type == "robust":
-        chosen_weight = chosen_weight / (1 - 2 * label_smoothing)  # above 1: the other is negative
+        chosen_weight = chosen_weight / (1 - 2 * label_smoothing)  # > 1, so 1 - chosen_weight < 0
     chosen_weight = torch.where(ties, 0.5, chosen_weight)
     losses = chosen_weight * pair_loss(h, beta, loss_type)
     losses = losses + (1 - chosen_weight) * pair_loss(-h, beta, loss_type)
     loss = losses.mean()
     with torch.no_grad():
         # A tie counts half, and so does h = 0: the policy prefers neither more than the reference.
-        correct = torch.where(ties, 0.5, (h.sign() + 1) / 2)
+        correct = torch.where(ties, 0.5, 0.5 + 0.5 * h.sign())
+        # β · log-ratio is the implicit reward of DPO, not that of reward(). The names are TRL's.
         metrics = {
             "losses/loss": loss.detach(),
             "rewards/chosen": beta * chosen_logratios.mean(),
@@ -518,10 +520,12 @@ def main(args):
     device = args.device
     start_time = time.time()
 
-    # Policy and reference. The file is read before the SFT: a bad line is reported at once.
     train_prompts, train_targets, test_prompts, test_targets = make_prompts(device)
+    # Read the file before the SFT, so that a bad line is reported at once.
     if args.preferences is not None:
         preferences = read_preferences(args.preferences, test_prompts)
+
+    # Policy and reference.
     policy = GPT().to(device)
     if args.sft_steps > 0:
         sft(policy, *make_demonstrations(train_prompts, train_targets), args.sft_steps)
@@ -556,7 +560,7 @@ def main(args):
                 preferences = [torch.cat(column) for column in columns]
         prompts, chosen, rejected, ties = preferences  # (N, P), (N, R), (N, R), (N,)
         if len(prompts) == 0:
-            fail(f"round {round_number}: every sampled pair was two identical responses")
+            fail("every sampled pair was two identical responses")
         ref_chosen_logprobs, ref_rejected_logprobs = reference_logprobs(
             reference, prompts, chosen, rejected, args.length_normalize, args.minibatch_size
         )
@@ -598,14 +602,16 @@ def main(args):
                 pairs_seen += len(rows)
 
                 # 3. Log, about twenty times: means over the steps since the last log.
-                if step % max(1, num_steps * args.rounds // 20) != 0 and step < num_steps:
+                log_interval = max(1, num_steps * args.rounds // 20)
+                if step % log_interval != 0 and step < num_steps:
                     continue
                 if not grad_norm.isfinite():
                     fail(f"gradient not finite by step {step}; lower --learning-rate")
                 seconds = time.time() - loop_start_time
                 # Round k trains on the pairs of k rounds, so it takes k times as long as the first.
                 done = (round_number - 1) * round_number / 2 + round_number * step / num_steps
-                seconds_left = seconds * (args.rounds * (args.rounds + 1) / 2 - done) / done
+                progress = done / (args.rounds * (args.rounds + 1) / 2)
+                seconds_left = seconds * (1 - progress) / progress
                 means = {}
                 for name in metrics:
                     means[name] = torch.stack([step_metrics[name] for step_metrics in steps]).mean()

@@ -1,6 +1,6 @@
 """Reward models for language models: learn from human feedback what makes a response good.
 
-    minimise over r:  L(r) = -E[log σ(r(x, y_chosen) - r(x, y_rejected))]
+    minimise over r:  L(r) = -E[log σ(r(x, chosen) - r(x, rejected))]
 
 A GPT reads prompt and response; its one output at the last token is the score r(x, y). Collect
 feedback, then take gradient steps on the loss for that kind of feedback. R is the true reward and
@@ -68,7 +68,7 @@ class Args:
     policy: Path | None = None  # judge this saved policy's responses (at temperature 1)
     learn_from: Literal["preferences", "labels", "demonstrations"] = "preferences"  # see above
     num_examples: int = 32_768  # preference pairs, labelled responses or demonstrations
-    num_samples: int = 3  # policy samples that each demonstration is compared with
+    num_samples: int = 3  # M: policy samples that each demonstration is compared with
     annotator_temperature: float = 0.5  # τ: prefers A to B with probability σ((R(A) - R(B))/τ)
     preferences: Path | None = None  # JSON Lines of pairs; default: simulate an annotator
     annotate: int | None = None  # judge pairs yourself until --preferences has this many, then stop
@@ -143,10 +143,10 @@ def check_args(args):
     if args.annotate is not None:
         unread += ["save_path", "annotator_temperature", "epochs", "minibatch_size"]
         unread += ["learning_rate", "max_grad_norm", "weight_decay", "ensemble_size"]
-    for name in unread:
-        is_default = getattr(args, name) == getattr(Args, name)
-        flag = "--" + name.replace("_", "-")
-        rules.append((is_default, f"{flag} has no effect with the other flags; leave it out"))
+    for flag in unread:
+        is_default = getattr(args, flag) == getattr(Args, flag)
+        name = flag.replace("_", "-")
+        rules.append((is_default, f"--{name} has no effect with the other flags; leave it out"))
 
     for valid, error in rules:
         if not valid:
@@ -427,7 +427,7 @@ def sample_preferences(policy, prompts, targets, annotator_temperature):
 
 
 def read_preferences(path, test_prompts):
-    """Read preference pairs from a file of JSON lines, in the layout of sample_preferences.
+    """Read preference pairs from a JSON Lines file. Returns what sample_preferences returns.
 
     Leaves out pairs of held-out prompts (so that the evaluation stays clean) and pairs of
     identical responses that are not marked as ties, and prints their number. Exits on a bad line.
@@ -468,7 +468,7 @@ def is_higher(scores, other_scores):
 
 
 def preference_loss(chosen_scores, rejected_scores, ties):
-    """Bradley-Terry: -log σ(chosen - rejected). A tie counts half each way. All inputs (N,).
+    """Bradley–Terry: -log σ(chosen - rejected). A tie counts half each way. All inputs (B,).
 
     Returns the mean loss, and the accuracy: how often the chosen response scores higher.
     """
@@ -494,7 +494,7 @@ def sample_labels(policy, prompts, targets, annotator_temperature):
 
 
 def label_loss(scores, labels):
-    """Binary cross-entropy: -log σ(score) if labelled good, else -log σ(-score). Both (N,).
+    """Binary cross-entropy: -log σ(score) if labelled good, else -log σ(-score). Both (B,).
 
     Returns the mean loss, and the accuracy: how often the score's sign agrees with the label.
     """
@@ -532,10 +532,10 @@ def sample_demonstrations(policy, reference, prompts, targets, annotator_tempera
             fail("--learn-from demonstrations: too few are good; raise --annotator-temperature")
         chunks = prompts[missing].split(256)
         responses = torch.cat([generate(reference, chunk, 1.0) for chunk in chunks])
-        scores = get_scores(targets[missing], responses)
-        if scores.max() > 1:
+        rewards = get_scores(targets[missing], responses)
+        if rewards.max() > 1:
             fail("--learn-from demonstrations: no reward may exceed 1")
-        accepted = torch.rand_like(scores) < ((scores - 1) / annotator_temperature).exp()
+        accepted = torch.rand_like(rewards) < ((rewards - 1) / annotator_temperature).exp()
         demonstrations[missing[accepted]] = responses[accepted]
         missing = missing[~accepted]
 
@@ -554,7 +554,7 @@ def sample_demonstrations(policy, reference, prompts, targets, annotator_tempera
 def demonstration_loss(scores, log_weights):
     """Ranking NCE: -log of the probability that the first candidate is the demonstration.
 
-    scores, log_weights: (N, 1 + M). The minimum is at R/τ, plus any constant per prompt, for every
+    scores, log_weights: (B, 1 + M). The minimum is at R/τ, plus any constant per prompt, for every
     M, because the softmax also includes the demonstration. With only samples there, the scores
     would grow too large.
     Returns the mean loss and the accuracy: how often the demonstration has a higher score than
@@ -570,9 +570,9 @@ def demonstration_loss(scores, log_weights):
 def normalise(members, prompts, responses):
     """Shift and scale the scores to mean 0 and standard deviation 1 on these responses.
 
-    The shift does not change the optimal policy. In this unit a --kl-coef means roughly the same
-    for every reward model (roughly, as the constants per prompt add to the standard deviation). The
-    members share one scale, since all estimate the same R/τ.
+    The shift does not change the optimal policy. The scale makes one --kl-coef of ppo.py or grpo.py
+    mean about the same for every reward model; only about, as the constants per prompt add to the
+    standard deviation. The members share one scale, since all estimate the same R/τ.
     """
     scores = torch.stack([response_scores(gpt, prompts, responses) for gpt in members])  # (K, B)
     std = scores.mean(0).std(correction=0)
@@ -609,15 +609,15 @@ def evaluate_scores(reward_model, policy, prompts, targets, annotator_temperatur
         rewards.append(first_rewards)
 
         # The probability that the annotator prefers the first, and whether the scores prefer it.
-        first_wins = ((first_rewards - second_rewards) / annotator_temperature).sigmoid()
+        prob_first = ((first_rewards - second_rewards) / annotator_temperature).sigmoid()
         choice = is_higher(first_scores, second_scores)
         different = (first != second).any(1)
-        correct.append((choice * first_wins + (1 - choice) * (1 - first_wins))[different])
-        bayes_correct.append(torch.maximum(first_wins, 1 - first_wins)[different])
+        correct.append((choice * prob_first + (1 - choice) * (1 - prob_first))[different])
+        bayes_correct.append(torch.maximum(prob_first, 1 - prob_first)[different])
 
-        first_members = reward_model.member_scores(prompts[rows], first)  # (K, B)
-        second_members = reward_model.member_scores(prompts[rows], second)
-        margins = first_members - second_members  # without the constant of the prompt
+        first_member_scores = reward_model.member_scores(prompts[rows], first)  # (K, B)
+        second_member_scores = reward_model.member_scores(prompts[rows], second)
+        margins = first_member_scores - second_member_scores  # without the prompt's constant
         deviation.append(margins.std(0, correction=0)[different])
     correct = torch.cat(correct)
     scores = torch.cat(scores)
@@ -627,7 +627,7 @@ def evaluate_scores(reward_model, policy, prompts, targets, annotator_temperatur
     correlation = (scores * rewards).sum() / (scores.norm() * rewards.norm()).clamp(min=1e-8)
     return {
         "accuracy": correct.mean().item(),
-        "accuracy_error": correct.std().item() / max(1, len(correct)) ** 0.5,
+        "accuracy_error": (correct.var() / len(correct)).sqrt().item(),
         "bayes_accuracy": torch.cat(bayes_correct).mean().item(),
         "correlation": correlation.item(),
         "deviation": torch.cat(deviation).mean().item(),
@@ -651,7 +651,7 @@ def annotate(policy, prompts, path, number):
     if sys.stdin is None:
         fail("--annotate: the standard input is closed, so nobody can answer")
     try:
-        text = path.read_text("utf-8-sig") if path.exists() else ""
+        text = path.read_bytes().decode("utf-8-sig") if path.exists() else ""
         lines = [line for line in text.split("\n") if line.strip()]
         for line in lines:
             parse_preference(line)  # raises ValueError on a bad one
@@ -718,11 +718,12 @@ def main(args):
     device = args.device
     start_time = time.time()
 
-    # Reference, and the policy whose responses are judged.
     train_prompts, train_targets, test_prompts, test_targets = make_prompts(device)
     # Read the file before the SFT, so that a bad line is reported at once.
     if args.preferences is not None and args.annotate is None:
         preferences = read_preferences(args.preferences, test_prompts)
+
+    # Reference, and the policy whose responses are judged.
     if args.policy is not None:
         policy, reference = load_policy(args.policy, device)
     else:
@@ -769,7 +770,7 @@ def main(args):
     examples_seen = 0
     num_steps = args.epochs * math.ceil(num_examples / args.minibatch_size)
     warmup = max(1, num_steps // 10)
-    for member, gpt in enumerate(reward_model.members):
+    for number, gpt in enumerate(reward_model.members):
         # Start from the reference's weights with a new head. Ensemble members differ in the
         # head's initialisation, the data order and the bootstrap sample.
         weights = reference.state_dict()
@@ -789,7 +790,7 @@ def main(args):
         for _ in range(args.epochs):
             order = sample[torch.randperm(num_examples, device=device)]
             for rows in order.split(args.minibatch_size):
-                # Linear warmup over the first 10% of training, then linear decay to 0.
+                # Linear warmup over the first 10% of this model's training, then linear decay to 0.
                 step += 1
                 decay = (num_steps - step + 1) / (num_steps - warmup + 1)
                 learning_rate = args.learning_rate * min(step / warmup, decay)
@@ -833,7 +834,7 @@ def main(args):
                 if not grad_norm.isfinite():
                     fail(f"gradient not finite by step {step}; lower --learning-rate")
                 seconds = time.time() - loop_start_time
-                progress = (member + step / num_steps) / args.ensemble_size
+                progress = (number + step / num_steps) / args.ensemble_size
                 seconds_left = seconds * (1 - progress) / progress
                 means = {}
                 for name in metrics:
@@ -858,7 +859,7 @@ def main(args):
     rows = torch.randint(len(train_prompts), (1024,), device=device)
     responses = generate(reference, train_prompts[rows], 1.0)
     normalise(reward_model.members, train_prompts[rows], responses)
-    after = evaluate_scores(
+    results = evaluate_scores(
         reward_model, policy, test_prompts, test_targets, args.annotator_temperature
     )
     save_error = None
@@ -871,17 +872,18 @@ def main(args):
         }
         save_error = save(args.save_path, {"args": flags, **weights})
     if writer:
-        for name in after:
-            writer.add_scalar(f"eval/{name}", after[name], examples_seen)
+        for name in results:
+            writer.add_scalar(f"eval/{name}", results[name], examples_seen)
         writer.close()
     print(
-        f"held-out pair accuracy {after['accuracy']:.3f} ± {after['accuracy_error']:.3f}  "
-        f"Bayes accuracy {after['bayes_accuracy']:.3f}  correlation {after['correlation']:.3f}  "
-        f"deviation {after['deviation']:.3f}  {time.time() - start_time:.1f} s"
+        f"held-out pair accuracy {results['accuracy']:.3f} ± {results['accuracy_error']:.3f}  "
+        f"Bayes accuracy {results['bayes_accuracy']:.3f}  "
+        f"correlation {results['correlation']:.3f}  deviation {results['deviation']:.3f}  "
+        f"{time.time() - start_time:.1f} s"
     )
     if save_error is not None:
         fail(save_error)
-    return after
+    return results
 
 
 if __name__ == "__main__":

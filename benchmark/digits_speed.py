@@ -50,7 +50,7 @@ def straightforward(method, epochs):
 
 def ours(method, epochs):
     """The same epochs in digits_sum20.py."""
-    args = digits.row_args(digits.Args(epochs=epochs), method, seed=1)
+    args = digits.method_args(digits.Args(epochs=epochs), method, seed=1)
     digits.train(args, folder=None, verbose=False)
 
 

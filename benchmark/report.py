@@ -384,7 +384,7 @@ def digits_table():
     if "digits_sum20.py" not in results:
         return None
     result = results["digits_sum20.py"]
-    heads = ["row", "training", "held-out", "range", "distinct answers"]
+    heads = ["method", "training", "held-out", "range", "distinct answers"]
     lines = header([*heads, "the post, one seed"])
     for method in digits.METHODS:
         # Rounded to hundredths of a per cent, as in the post.
@@ -495,7 +495,7 @@ def draw_frontier(plt):
 
 
 def draw_digits_ladder(plt):
-    """Held-out accuracy of each row, one dot per seed, beside the post's figure."""
+    """Held-out accuracy of each method, one dot per seed, beside the post's figure."""
     import digits_sum20 as digits
 
     results = load("runs")

@@ -129,7 +129,7 @@ def flags(method, **given):
 
 
 def job(method, seed=1, **given):
-    return digits.row_args(flags(method, **given), method, seed)
+    return digits.method_args(flags(method, **given), method, seed)
 
 
 def results(method, epochs, seed=1, **given):
@@ -701,7 +701,7 @@ def test_a_row_reads_a_flag_or_refuses_it(capsys):
             args = flags(method, epochs=4, **{flag: value})
             if flag in digits.METHODS.get(method, {}):
                 digits.check_args(args)
-                row = dataclasses.asdict(digits.row_args(args, method, 3))
+                row = dataclasses.asdict(digits.method_args(args, method, 3))
                 others = {**digits.METHODS[method], flag: value}
                 assert row == {**dataclasses.asdict(args), **others, "seed": 3}
             else:
@@ -881,7 +881,7 @@ def test_time_left_of_several_runs(monkeypatch, capsys):
 def test_table_of_results(ladder, capsys):
     means, lines, _ = ladder
     start = lines.index("") + 1
-    assert lines[start].split() == "row train % held-out % distinct range seconds post %".split()
+    assert lines[start].split() == "method train % held-out % distinct range seconds post %".split()
     table = lines[start + 1 : start + 11]
     assert [line.split()[0] for line in table] == list(digits.METHODS)
     for line in table:
