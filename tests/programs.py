@@ -176,6 +176,16 @@ def values(curve):
     return [value for _, value in curve]
 
 
+def check_whitened(policy_losses, num_minibatches):
+    """Advantages have mean 0 and deviation 1 over a rollout, not over a single minibatch."""
+    first_epoch = [given for given, _, _ in policy_losses[:num_minibatches]]
+    parts = [advantages[mask] for _, _, advantages, mask, _ in first_epoch]
+    rollout = torch.cat(parts)
+    assert abs(rollout.mean()) < 1e-5
+    assert abs(rollout.std(correction=0) - 1) < 1e-4
+    assert max(abs(part.mean()) for part in parts) > 0.01
+
+
 def start(line, folder):
     """A fixture's work: the real command, started now, runs beside the tests on another core.
 

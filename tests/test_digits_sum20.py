@@ -658,22 +658,6 @@ def test_rows_have_the_values_of_the_post():
     assert dict(zip(list(expected)[1:], published, strict=True)) == digits.POST
 
 
-def test_rows_beyond_the_post():
-    improved = {
-        "learning_rate": 0.015,
-        "learning_rate_final": 0.0,
-        "weight_decay": 0.0,
-        "reward": "square",
-        "ent_coef": 0.3,
-        "ent_coef_final": 0.02,
-        "baseline": "rloo",
-        "samples_per_prompt": 8,
-    }
-    assert digits.METHODS["rl-improved"] == improved
-    assert digits.METHODS["sl-then-improved"] == {**improved, "sft_fraction": 0.1}
-    assert digits.METHODS["joint"] == {**improved, "sl_coef": 0.07, "sl_coef_final": 0.0}
-
-
 def test_every_row_can_be_chosen_and_is_explained():
     names = typing.get_args(typing.get_type_hints(digits.Args)["method"])
     assert list(names) == ["ladder", *digits.METHODS]
@@ -787,16 +771,6 @@ def test_what_is_no_value_at_all_is_refused(words, capsys, tmp_path):
         tyro.cli(digits.Args, args=words.split())
     assert stop.value.code == 2 and not list(tmp_path.iterdir())
     assert words.split()[-1] in capsys.readouterr().err
-
-
-def test_a_file_named_runs_is_in_the_way(capsys):
-    Path("runs").write_text("")
-    with pytest.raises(SystemExit) as stop:
-        digits.main(digits.Args())
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2 and out == ""
-    assert "--no-tensorboard" in err and err.count("\n") == 1
-    digits.check_args(digits.Args(tensorboard=False))
 
 
 # ---------------------------------------------------------------------------- Output

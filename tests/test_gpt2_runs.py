@@ -280,6 +280,12 @@ def test_the_metrics_do_not_depend_on_the_micro_batches(monkeypatch):
     assert seen[0]["losses/approx_kl"][0][1] > 1e-3
 
 
+def test_advantages_are_whitened_over_the_rollout(monkeypatch):
+    losses = spy(monkeypatch, "policy_loss")
+    run(total_episodes=8, update_epochs=1, num_minibatches=4)
+    programs.check_whitened(losses, num_minibatches=4)
+
+
 # ---------------------------------------------------------------- Learning
 
 
@@ -526,6 +532,26 @@ def test_resuming_takes_nothing_from_the_old_files(tmp_path, uninterrupted):
     assert [event.step for event in events.Scalars("charts/score")] == list(range(8, 49, 8))
 
 
+def test_prompts_and_lexicon_are_those_of_the_checkpoint():
+    Path("prompts").write_text("Yes\nI love how")
+    Path("lexicon").write_text("e 1\nt -1")
+    files = {"prompts": "prompts", "lexicon": "lexicon", "reward": "plain"}
+    result = run(checkpoint_every=2, **files)
+    Path("prompts").unlink()
+    Path("lexicon").unlink()
+    folder, _ = checkpoint()
+    assert gpt2.main(gpt2.Args(resume=folder)) == result
+
+
+def test_the_lexicon_of_the_file_gives_the_scores(monkeypatch):
+    Path("lexicon").write_text("e 1\nt -1")
+    scored = spy(monkeypatch, "score_texts")
+    run(reward="plain", lexicon="lexicon")
+    assert len(scored) == 6  # of two rollouts, and of four evaluations
+    for (_, _, kind, lexicon), _, _ in scored:
+        assert kind == "plain" and lexicon == {"e": 1.0, "t": -1.0}
+
+
 def test_a_finished_run_is_evaluated_again(uninterrupted, capsys):
     result = run(**LONG | {"tensorboard": True})
     folder, _ = checkpoint()
@@ -594,10 +620,12 @@ gpt2.main(tyro.cli(gpt2.Args))
 """
 
 
-def test_two_processes_do_what_one_does(tmp_path, default_result):
+def test_two_processes_do_what_one_does(tmp_path, capsys):
     """The same batch and the first process's weights, so the same result but for rounding."""
     flags = SMALL | {"reward": "composite", "ent_coef": 0.1, "whiten_rewards": False, "top_k": 60}
+    flags |= {"target_kl": 0.3}  # exceeded in the first rollout, not by the tokens of one process
     run(**flags | {"save_dir": tmp_path / "one"})
+    summaries = [line for line in capsys.readouterr().out.splitlines() if "win rate" in line]
     words = ["--no-tensorboard", "--save-dir", "two"]
     for name, value in flags.items():
         if name not in ("tensorboard", "whiten_rewards"):
@@ -607,8 +635,16 @@ def test_two_processes_do_what_one_does(tmp_path, default_result):
     done = torchrun(*words, script=tmp_path / "other.py")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("parameters on cpu") == 1  # only one of them talks
+    assert summaries[0] in done.stdout  # with the KL of all samples
     check_same_weights(tmp_path / "one", tmp_path / "two")
     assert sorted(os.listdir(tmp_path)) == ["one", "other.py", "runs", "two"]
+
+
+def test_processes_that_cannot_share_the_work_are_refused(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    stops(SMALL, "--num-minibatches", capsys)
+    stops(SMALL | {"batch_size": 6, "total_episodes": 6}, "--eval-samples", capsys)
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
@@ -1009,8 +1045,8 @@ def test_charts_and_losses_are_means_over_the_rollout(monkeypatch, tmp_path):
     calls = {name: spy(monkeypatch, name) for name in names}
     norms = spy(monkeypatch, "clip_grad_norm_", torch.nn.utils)
     end_sooner(monkeypatch)
-    flags = {"total_episodes": 24, "kl_target": 3.0, "kl_horizon": 40, "micro_batch_size": 2}
-    run(tensorboard=True, **flags)
+    flags = {"total_episodes": 24, "kl_target": 4.0, "kl_horizon": 40, "micro_batch_size": 2}
+    run(tensorboard=True, missing_eos_penalty=0.5, **flags)
     rollouts = [found for _, found, _ in calls["sample_rollout"]]
     texts = [found for _, found, _ in calls["decode_texts"]][2:5]  # between the evaluations
     events = EventAccumulator(str(next((tmp_path / "runs").iterdir()))).Reload()
@@ -1059,11 +1095,11 @@ def test_charts_and_losses_are_means_over_the_rollout(monkeypatch, tmp_path):
         }
         for tag, value in row.items():
             expected.setdefault(tag, []).append(torch.as_tensor(value).item())
-        coef *= 1 + min(max(kl / 3.0 - 1, -0.2), 0.2) * 8 / 40
+        coef *= 1 + min(max(kl / 4.0 - 1, -0.2), 0.2) * 8 / 40
     for tag, values in expected.items():
         assert points(tag) == pytest.approx(values, rel=1e-4, abs=1e-6), tag
     assert min(points("charts/episodes_per_second")) > 0 and min(points("losses/entropy")) > 0
-    assert abs(expected["charts/kl"][1] / 3.0 - 1) < 0.2  # so that the coefficient follows the KL
+    assert abs(expected["charts/kl"][1] / 4.0 - 1) < 0.2  # so that the coefficient follows the KL
 
 
 def test_the_learning_rate_fits_the_model(monkeypatch):
@@ -1075,7 +1111,9 @@ def test_the_learning_rate_fits_the_model(monkeypatch):
     assert rate == pytest.approx(3.2e-4 / CONFIG["n_embd"] ** 0.5)
     rates.clear()
     written = spy(monkeypatch, "write_sentences")
-    run(tensorboard=True, learning_rate=None, total_episodes=8, model="embedded", pretrain_steps=1)
+    pretrained = spy(monkeypatch, "pretrain_gpt2")
+    run(tensorboard=True, learning_rate=None, total_episodes=8, model="embedded", pretrain_steps=2)
+    assert pretrained[0][0][3] == 2
     assert programs.values(rates["charts/learning_rate"]) == [3e-4]
     assert written[0][0] == (8_000, 1)  # number and seed of the sentences that it has read
 
@@ -1083,15 +1121,30 @@ def test_the_learning_rate_fits_the_model(monkeypatch):
 def test_the_learning_rate_rises_then_falls(monkeypatch, capsys):
     """And what is said of the pace, by a clock that ticks when it is read: a second a rollout."""
     programs.tick(monkeypatch, gpt2)
+    steps = spy(
+        monkeypatch,
+        "step",
+        torch.optim.AdamW,
+        lambda optimizer: [(group["lr"], group["betas"]) for group in optimizer.param_groups],
+    )
+    curves = programs.record_curves(monkeypatch, gpt2)
     flags = {"batch_size": 2, "total_episodes": 80, "num_minibatches": 1, "update_epochs": 1}
     run(tensorboard=True, eval_samples=2, response_length=2, **flags)
-    events = EventAccumulator(str(next(Path("runs").iterdir()))).Reload()
-    rates = [event.value / 3e-3 for event in events.Scalars("charts/learning_rate")]
-    assert rates[0] == pytest.approx(1 / 4) and rates[-1] == pytest.approx(1 / 37)
-    assert max(rates) == pytest.approx(1) and rates[3] == pytest.approx(1)
-    form = r"^episode +(\d+)  score \S+  KL \S+  2.0 episodes/s  (\d+) s left$"
+    expected = [3e-3 * rollout / 4 for rollout in range(1, 5)]
+    expected += [3e-3 * (41 - rollout) / 37 for rollout in range(5, 41)]
+    assert programs.values(curves["charts/learning_rate"]) == pytest.approx(expected)
+    for rate, (_, _, groups) in zip(expected, steps, strict=True):
+        assert groups == [
+            (pytest.approx(rate), (0.9, 0.99)),
+            (pytest.approx(10 * rate), (0.9, 0.99)),
+        ]
+    form = r"^episode +(\d+)  score (\S+)  KL \S+  2.0 episodes/s  (\d+) s left$"
     said = re.findall(form, capsys.readouterr().out, re.M)
-    assert said == [(str(4 * n), str(40 - 2 * n)) for n in range(1, 21)]
+    scores = programs.values(curves["charts/score"])
+    for n, (episode, score, seconds_left) in enumerate(said, start=1):
+        assert (int(episode), int(seconds_left)) == (4 * n, 40 - 2 * n)
+        assert float(score) == pytest.approx(sum(scores[2 * n - 2 : 2 * n]) / 2, abs=6e-4)
+    assert len(said) == 20
 
 
 def test_program_in_a_shell(program, monkeypatch):

@@ -130,6 +130,7 @@ def test_losses_are_means_over_the_updates_of_a_rollout(script, monkeypatch):
             expected[metric] = sum(metrics[metric].item() for _, metrics in updates) / 6
         if other_name is not None:
             expected[other_name] = sum(loss.item() for _, loss, _ in other[steps]) / 6
+        expected["ratio_first"] = updates[0][1]["ratio"].item()
         for metric, value in expected.items():
             step, logged = curves[f"losses/{metric}"][i]
             assert step == 64 * (i + 1)

@@ -540,6 +540,12 @@ def test_a_wrong_reward_model_ends_the_run_with_nothing_written(tmp_path, capsys
 
 
 # ---------------------------------------------------------------------------- Files
+def test_advantages_are_whitened_over_the_rollout(monkeypatch):
+    losses = programs.spy(monkeypatch, ppo, "policy_loss")
+    run(normalize_advantages=True, total_episodes=64, num_minibatches=4)
+    programs.check_whitened(losses, num_minibatches=4)
+
+
 def test_the_saved_file_holds_policy_reference_and_flags(monkeypatch, tmp_path):
     rollouts = programs.spy_on_samples(
         monkeypatch, ppo, lambda policy, *args: copy.deepcopy(policy)
@@ -660,19 +666,6 @@ def test_values_at_the_border_are_taken():
     ppo.check_args(ppo.Args(seed=2**63 - 1, gamma=1.0, gae_lambda=1.0, num_minibatches=256))
     ppo.check_args(ppo.Args(total_episodes=256, update_epochs=1, num_minibatches=1))
     ppo.check_args(ppo.Args(batch_size=1, num_minibatches=1, save_path=Path("model.pt")))
-
-
-@pytest.mark.parametrize("name", ["missing/model.pt", "note.txt/model.pt", ".", "folder"])
-def test_a_save_path_that_cannot_be_written_is_refused_at_once(name, tmp_path, capsys):
-    (tmp_path / "note.txt").write_text("")
-    (tmp_path / "folder").mkdir()
-    check_refused({"save_path": Path(name)}, f"--save-path {name}", capsys, tmp_path)
-
-
-def test_a_file_named_runs_is_in_the_way(tmp_path, capsys):
-    (tmp_path / "runs").write_text("")
-    check_refused({}, "--no-tensorboard", capsys, tmp_path)
-    run(tensorboard=False, total_episodes=64)
 
 
 def test_folders_without_permission_are_refused(tmp_path, capsys, monkeypatch):

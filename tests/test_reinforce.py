@@ -1,7 +1,6 @@
 """reinforce.py: expected gradients against exact ones, and every step of training by hand."""
 
 import math
-import re
 import statistics
 import typing
 
@@ -124,12 +123,6 @@ def leave_one_out(returns, numbers):
 
 def check_close(found, expected):
     torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
-
-
-def test_the_narrow_policy_has_no_other_responses():
-    world = World()
-    assert abs(world.probs.sum() - 1) < 1e-12
-    assert (world.probs > 1e-3).all()
 
 
 @pytest.mark.parametrize("process", [False, True])
@@ -565,21 +558,6 @@ def test_every_step_of_training_by_hand(monkeypatch, tmp_path, flags):
 
 
 # ---------------------------------------------------------------------------- Training as a whole
-def test_each_group_has_one_prompt_and_all_prompts_are_drawn(monkeypatch):
-    train_prompts, _, _, _ = reinforce.make_prompts("cpu")
-    train = {tuple(prompt) for prompt in train_prompts.tolist()}
-    rollouts = programs.spy_on_rollouts(monkeypatch, reinforce)
-    run(batch_size=2048, total_episodes=4096, sft_steps=0)
-    drawn = []
-    for (_, prompts, _), _, _ in rollouts:
-        groups = prompts.view(512, 4, 3)
-        assert (groups == groups[:, :1]).all()
-        drawn += [tuple(prompt) for prompt in groups[:, 0].tolist()]
-    assert set(drawn) <= train
-    assert len(set(drawn)) > 0.65 * 729  # 1024 draws with replacement should miss 25 %
-    assert max(drawn.count(prompt) for prompt in train) < 12
-
-
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_0(monkeypatch):
     curves = programs.record_curves(monkeypatch, reinforce)
     run(batch_size=8, total_episodes=20 * 8 + 7, learning_rate=1e-3, tensorboard=True)
@@ -612,32 +590,6 @@ def test_policy_and_reference_are_evaluated_on_held_out_prompts(monkeypatch):
         assert logged == pytest.approx([before[name], after[name]])
 
 
-def test_what_the_log_says_about_time(monkeypatch, capsys):
-    curves = programs.record_curves(monkeypatch, reinforce)
-    programs.tick(monkeypatch, reinforce)
-    run(total_episodes=256, tensorboard=True)
-    # The clock is read once before the loop, and once in each of the four rollouts.
-    assert programs.values(curves["charts/episodes_per_second"]) == [64.0] * 4
-    _, *progress, ending = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[-1] for line in progress] == [f"{n} s left" for n in (3, 2, 1, 0)]
-    assert all("64.0 episodes/s" in line for line in progress)
-    assert ending.endswith("  6.0 s")
-
-
-def test_a_progress_line_has_the_mean_score_since_the_last_one(monkeypatch, capsys):
-    curves = programs.record_curves(monkeypatch, reinforce)
-    run(batch_size=16, total_episodes=61 * 16, tensorboard=True)
-    scores = programs.values(curves["charts/score"])
-    kl = programs.values(curves["charts/kl"])
-    _, *progress, _ = capsys.readouterr().out.splitlines()
-    assert len(progress) == 20
-    for i, line in enumerate(progress):
-        episode, score, mean_kl, _, _ = re.fullmatch(programs.PROGRESS, line).groups()
-        assert int(episode) == 48 * (i + 1)
-        assert float(score) == pytest.approx(sum(scores[3 * i : 3 * i + 3]) / 3, abs=6e-4)
-        assert float(mean_kl) == pytest.approx(kl[3 * i + 2], abs=6e-4)
-
-
 def test_success_rises(monkeypatch):
     monkeypatch.setattr(reinforce, "make_prompts", make_prompts)  # three prompts say little
     result = reinforce.main(
@@ -663,8 +615,9 @@ def test_reward_weighted_regression_learns(monkeypatch):
 
 
 def test_a_process_reward_is_learned(monkeypatch):
-    first, last = scores_of_training(monkeypatch, "charts/true_score", reward="process")
-    assert last > first + 0.04
+    flags = {"reward": "process", "baseline": "value"}
+    first, last = scores_of_training(monkeypatch, "charts/true_score", **flags)
+    assert last > first + 0.08
 
 
 def test_the_critic_learns(monkeypatch):

@@ -82,15 +82,6 @@ def test_preference_loss_by_loops():
     assert accuracy.item() == pytest.approx(sum(correct) / 9)
 
 
-def test_a_tie_counts_half_each_way():
-    a, b = random_numbers(4, 2, 6)
-    all_ties = torch.ones(6, dtype=torch.bool)
-    tie, _ = reward_model.preference_loss(a, b, all_ties)
-    one_way, _ = reward_model.preference_loss(a, b, ~all_ties)
-    other_way, _ = reward_model.preference_loss(b, a, ~all_ties)
-    assert tie.item() == pytest.approx((one_way.item() + other_way.item()) / 2)
-
-
 def test_label_loss_by_loops():
     scores = random_numbers(1, 7)
     labels = torch.tensor([True, False, False, True, True, False, True])
@@ -830,13 +821,16 @@ def test_gradients_are_clipped_to_the_flag(monkeypatch):
 def test_members_start_from_the_reference_with_a_head_of_their_own(monkeypatch):
     states = []
     normalise = reward_model.normalise
+    train_prompts = {tuple(prompt) for prompt in reward_model.make_prompts("cpu")[0].tolist()}
 
     def noted(members, prompts, responses):
         states.extend(copy.deepcopy(gpt.state_dict()) for gpt in members)
+        assert {tuple(prompt) for prompt in prompts.tolist()} <= train_prompts
         return normalise(members, prompts, responses)
 
     monkeypatch.setattr(reward_model, "normalise", noted)
-    run(ensemble_size=2, learning_rate=1e-9, save_path=Path("rm.pt"))
+    flags = FROM_POLICY | {"policy": save_policy("policy.pt")}  # another policy than the reference
+    run(ensemble_size=2, learning_rate=1e-9, save_path=Path("rm.pt"), **flags)
     reference = torch.load("rm.pt", weights_only=True)["reference"]
     for state in states:
         for name in reference:
@@ -921,13 +915,17 @@ def test_a_saved_policy_is_judged_and_its_reference_is_the_reference(kind, monke
 
 def test_evaluation_is_on_held_out_prompts_with_the_penalised_score(monkeypatch):
     calls = programs.record(monkeypatch, reward_model, "evaluate_scores")["evaluate_scores"]
-    result = run(ensemble_size=2, uncertainty_coef=0.7, annotator_temperature=0.3)
+    curves = programs.record_curves(monkeypatch, reward_model)
+    flags = {"ensemble_size": 2, "uncertainty_coef": 0.7, "annotator_temperature": 0.3}
+    result = run(tensorboard=True, **flags)
     (call,) = calls
     _, _, test_prompts, test_targets = reward_model.make_prompts("cpu")
     assert torch.equal(call["prompts"], test_prompts)
     assert torch.equal(call["targets"], test_targets)
     assert call["annotator_temperature"] == 0.3
     assert call["reward_model"].uncertainty_coef == 0.7
+    for name, value in result.items():
+        assert programs.values(curves[f"eval/{name}"]) == [pytest.approx(value)]
     own_reference = call["reward_model"].reference.state_dict()  # its samples centre the scores
     for name, weight in call["policy"].state_dict().items():
         assert torch.equal(own_reference[name], weight)

@@ -1,5 +1,6 @@
 """What real use does to the scripts of the toy task: consoles, disks, sweeps, users' rewards."""
 
+import copy
 import inspect
 import io
 import os
@@ -448,10 +449,35 @@ def test_questions_refuse_a_file_in_another_encoding(tmp_path, capsys):
     assert "--preferences mine.jsonl" in error
 
 
+# ---------------------------------------------------------------------------- What main() passes on
 @each_script
-def test_one_step_of_sft_is_taken(script, monkeypatch):
-    calls = programs.spy(monkeypatch, script, "sft")
-    script.main(few(script, sft_steps=1))
-    assert len(calls) == 1
+def test_sft_is_on_training_prompts_only(script, monkeypatch):
+    calls = programs.record(monkeypatch, script, "make_demonstrations")["make_demonstrations"]
+    script.main(few(script))
+    prompts, targets, _, _ = script.make_prompts("cpu")
+    (call,) = calls
+    assert torch.equal(call["prompts"], prompts)
+    assert torch.equal(call["targets"], targets)
+
+
+@pytest.mark.parametrize("script", SCRIPTS[:4], ids=lambda script: script.__name__)
+def test_the_saved_weights_are_those_that_were_evaluated(script, monkeypatch):
+    def weights(policy, reference, *_):
+        return [copy.deepcopy(policy.state_dict()), copy.deepcopy(reference.state_dict())]
+
+    calls = programs.spy(monkeypatch, script, "evaluate", before=weights)
+    script.main(few(script, save_path=Path("saved.pt")))
+    saved = torch.load("saved.pt", weights_only=True)
+    policy, reference = calls[-1][2]
+    for name in policy:
+        assert torch.equal(saved["policy"][name], policy[name])
+        assert torch.equal(saved["reference"][name], reference[name])
+        assert torch.equal(saved["reference"][name], calls[0][2][0][name])
+    assert not torch.equal(saved["policy"]["head.weight"], saved["reference"]["head.weight"])
+
+
+@each_script
+def test_adam_forgets_faster_than_by_default(script, monkeypatch):
+    made = programs.spy(monkeypatch, torch.optim.AdamW, "step", before=lambda self: self.defaults)
     script.main(few(script, sft_steps=0))
-    assert len(calls) == 1
+    assert {settings["betas"] for _, _, settings in made} == {(0.9, 0.99)}
