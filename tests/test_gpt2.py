@@ -63,7 +63,7 @@ def uniform(rows, length, seed=0):
 
 @pytest.mark.parametrize("shape", [(3, 8), (3, 1, 8), (2, 3, 8)])
 def test_the_turned_product_is_that_of_torch(shape):
-    """With more outputs than a piece has; one token and several; value and gradients."""
+    """One token and several; value and gradients."""
     torch.manual_seed(1)
     layer = gpt2.Linear(8, 2500).double()
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
