@@ -211,7 +211,7 @@ def iteration(policy, folder, args):
 
 def random_gpt2(device):
     """A GPT-2 of 124M parameters with random weights."""
-    policy = gpt2.GPT2(gpt2.Config()).to(device)
+    policy = gpt2.GPT2(gpt2.Config(bos_token_id=0, eos_token_id=0)).to(device)
     for parameter in policy.parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.02)
