@@ -151,10 +151,11 @@ def iteration(policy, folder, args):
 
     def generation():
         with gpt2.autocast(args):
-            made["y"], _ = gpt2.generate_responses(policy, x, noise, 1.0, 0, 1.0)
+            generated = gpt2.generate_responses(policy, x, noise, 1.0, 0, 1.0)
+        made["y"], made["allowed"] = generated
 
     def read(model):
-        states, logits = gpt2.response_logits(model, x, made["y"], None, args)
+        states, logits = gpt2.response_logits(model, x, made["y"], made["allowed"], args)
         return states, logits, gpt2.token_logprobs(logits, made["y"])
 
     @torch.no_grad()
