@@ -726,6 +726,8 @@ def restrict(logits, allowed):
 
     Their logit is the lowest number rather than -inf, since 0 · -inf in an entropy would be NaN.
     """
+    if allowed.shape[-1] == 1:  # all are allowed: make no copy of the logits
+        return logits
     return logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
 
 
