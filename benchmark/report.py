@@ -10,6 +10,7 @@ program of this folder wrote. Where there are no results, the text stays as it i
 
 import argparse
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -58,6 +59,16 @@ def place(machine):
     return "{cpu}, {cores} cores, Python {python}, torch {torch}, {date}, commit {commit}.".format(
         **machine
     )
+
+
+def largest_fall(scores):
+    """How far a score falls at most below its best so far."""
+    best = -math.inf
+    fall = 0.0
+    for score in scores:
+        best = max(best, score)
+        fall = max(fall, best - score)
+    return fall
 
 
 def seed_range(seeds):
@@ -248,10 +259,7 @@ def stability_table():
         falls = [run["largest_fall"] for run in runs]
         success = [run["success"] for run in runs]
         cells = [f"`{script}`", str(len(runs)), f"{max(falls):.3f}", spread(falls)]
-        fine_falls = []
-        for run in runs:
-            scores = [score for _, score in run["curve"]]
-            fine_falls += [max(scores[:i]) - scores[i] for i in range(1, len(scores))]
+        fine_falls = [largest_fall([score for _, score in run["curve"]]) for run in runs]
         cells += [f"{min(success):.3f}", spread(success), f"{max(fine_falls):.3f}"]
         lines.append(row(cells))
     return "\n".join([*lines, "", footnote(used)])

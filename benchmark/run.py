@@ -15,7 +15,6 @@ same way.
 import argparse
 import datetime
 import json
-import math
 import os
 import platform
 import re
@@ -28,6 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from exact import evaluate_file
+from report import largest_fall
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmark" / "results"
@@ -133,16 +133,10 @@ def average_points(events, number):
     return points
 
 
-def largest_fall(output):
-    """The largest fall of the score below its best so far, over the progress lines."""
-    best = -math.inf
-    fall = 0.0
-    for line in output:
-        match = re.search(r"score (-?[\d.]+)", line)
-        if match:
-            best = max(best, float(match[1]))
-            fall = max(fall, best - float(match[1]))
-    return fall
+def printed_scores(output):
+    """The scores of the progress lines."""
+    matches = [re.search(r"score (-?[\d.]+)", line) for line in output]
+    return [float(match[1]) for match in matches if match]
 
 
 def measure(command, seed, threads):
@@ -175,7 +169,7 @@ def measure(command, seed, threads):
         curve = average_points(scalars.get("charts/score", []), 40)
     result = {name: round(value, 5) for name, value in result.items()}
     if curve:
-        result["largest_fall"] = round(largest_fall(output), 3)
+        result["largest_fall"] = round(largest_fall(printed_scores(output)), 3)
     if script == "gpt2_sentiment.py":  # means of five rollouts, whose rewards are noisy
         true_scores = scalars["charts/true_score"]
         points = average_points(true_scores, max(1, len(true_scores) // 5))

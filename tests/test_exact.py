@@ -430,8 +430,10 @@ def test_commands_of_the_benchmarks_are_understood():
 def test_the_largest_fall_is_below_the_best_so_far():
     scores = [0.5, 0.7, 0.65, 0.9, 0.8, 0.85]
     output = [f"episode  256  score {score:.3f}  KL 0.1" for score in scores]
-    assert run.largest_fall(["ppo__1: 100 parameters", *output]) == pytest.approx(0.1)
-    assert run.largest_fall(output[:2]) == 0
+    assert run.largest_fall(
+        run.printed_scores(["ppo__1: 100 parameters", *output])
+    ) == pytest.approx(0.1)
+    assert run.largest_fall(run.printed_scores(output[:2])) == 0
 
 
 def test_a_run_of_the_benchmark_has_exact_and_sampled_results():

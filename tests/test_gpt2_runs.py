@@ -262,9 +262,7 @@ def test_the_update_does_not_depend_on_the_micro_batches(tmp_path):
 
 def test_the_metrics_do_not_depend_on_the_micro_batches(monkeypatch):
     """approx_kl is a mean over tokens: parts with more tokens count for more."""
-    head = gpt2.GPT2.head
-    push = torch.nn.functional.one_hot(torch.tensor(EOS), 300) * 5.0  # responses of all lengths
-    monkeypatch.setattr(gpt2.GPT2, "head", lambda self, states: head(self, states) + push)
+    end_sooner(monkeypatch)  # responses of all lengths
     seen = []
     for size in (None, 1, 3):
         curves = programs.record_curves(monkeypatch, gpt2)

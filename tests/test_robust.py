@@ -477,7 +477,7 @@ def test_the_saved_weights_are_those_that_were_evaluated(script, monkeypatch):
 
 
 @each_script
-def test_adam_forgets_faster_than_by_default(script, monkeypatch):
+def test_adam_has_betas_of_0_9_and_0_99(script, monkeypatch):
     made = programs.spy(monkeypatch, torch.optim.AdamW, "step", before=lambda self: self.defaults)
     script.main(few(script, sft_steps=0))
     assert {settings["betas"] for _, _, settings in made} == {(0.9, 0.99)}
