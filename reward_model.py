@@ -6,9 +6,10 @@ A GPT reads prompt and response; its one output at the last token is the score r
 feedback, then take gradient steps on the loss for that kind of feedback. R is the true reward and
 τ how noisy the annotator is:
 
-  preferences     A is preferred to B with probability σ((R(A) - R(B)) / τ) (Bradley & Terry 1952;
-                  Christiano et al. 2017, arXiv:1706.03741). Loss: the one above. Minimum: R/τ plus
-                  any constant per prompt, since the loss sees differences only.
+  preferences     Of K samples for a prompt, every two are compared. A is preferred to B with
+                  probability σ((R(A) - R(B)) / τ) (Bradley & Terry 1952; Christiano et al. 2017,
+                  arXiv:1706.03741). Loss: the one above. Minimum: R/τ plus any constant per prompt,
+                  since the loss sees differences only.
   labels          y is called good with probability σ((R(y) - ½) / τ). Loss: binary cross-entropy.
                   Minimum: (R - ½)/τ, with no constant left free.
   demonstrations  y is written with probability ∝ π_ref(y|x) · exp(R(y) / τ): maximum-entropy
@@ -67,8 +68,8 @@ class Args:
     sft_steps: int = 100  # SFT steps that train the reference; 0: random weights
     policy: Path | None = None  # judge this saved policy's responses (at temperature 1)
     learn_from: Literal["preferences", "labels", "demonstrations"] = "preferences"  # see above
-    num_examples: int = 32_768  # preference pairs, labelled responses or demonstrations
-    num_samples: int = 3  # M: policy samples that each demonstration is compared with
+    num_examples: int = 32_768  # prompts drawn, each with its preferences, label or demonstration
+    num_samples: int = 4  # samples per prompt: compared in pairs, or with the demonstration
     annotator_temperature: float = 0.5  # τ: prefers A to B with probability σ((R(A) - R(B))/τ)
     preferences: Path | None = None  # JSON Lines of pairs; default: simulate an annotator
     annotate: int | None = None  # judge pairs yourself until --preferences has this many, then stop
@@ -114,6 +115,8 @@ def check_args(args):
         (args.ensemble_size >= 1, f"--ensemble-size {args.ensemble_size} must be at least 1"),
         (0 <= args.uncertainty_coef < 1e6, "--uncertainty-coef must be in [0, 1e6)"),
     ]
+    if args.learn_from == "preferences":
+        rules.append((args.num_samples >= 2, "--num-samples 1: there would be nothing to compare"))
     if args.save_path is not None:
         save_path = Path(args.save_path)  # may be a str, if main is called from Python
         writable = is_writable(save_path.parent)
@@ -136,10 +139,10 @@ def check_args(args):
         unread += ["sft_steps"]
     if args.ensemble_size == 1:
         unread += ["uncertainty_coef"]
-    if args.learn_from != "demonstrations":
+    if args.learn_from == "labels":
         unread += ["num_samples"]
     if args.preferences is not None:
-        unread += ["learn_from", "num_examples"]
+        unread += ["learn_from", "num_examples", "num_samples"]
     if args.annotate is not None:
         unread += ["save_path", "annotator_temperature", "epochs", "minibatch_size"]
         unread += ["learning_rate", "max_grad_norm", "weight_decay", "ensemble_size"]
@@ -404,26 +407,27 @@ def load_policy(path, device):
 
 
 # ---------------------------------------------------------------------------- Preferences
-def sample_preferences(policy, prompts, targets, annotator_temperature):
-    """Sample two responses to each prompt and let a noisy annotator say which is better.
+def sample_comparisons(policy, prompts, targets, annotator_temperature, num_samples):
+    """Sample K responses to each prompt; for every two, a noisy annotator says which is better.
 
     The annotator prefers A to B with probability σ((reward of A - reward of B) / τ)
-    (Bradley–Terry). Two identical responses teach nothing and are dropped, so N is at most the
-    number of prompts.
-    Returns prompts (N, P), chosen (N, R), rejected (N, R) and ties (N,), all false.
+    (Bradley–Terry). Two identical responses teach nothing and are not compared.
+    Returns prompts (N, P), responses (N, K, R) and wins (N, K, K): wins[n, i, j] is 1 if response i
+    was preferred to response j, else 0.
     """
-    first = torch.cat([generate(policy, chunk, 1.0) for chunk in prompts.split(256)])
-    second = torch.cat([generate(policy, chunk, 1.0) for chunk in prompts.split(256)])
-    different = (first != second).any(1)
-    prompts = prompts[different]
-    targets = targets[different]
-    first = first[different]
-    second = second[different]
-    difference = get_scores(targets, first) - get_scores(targets, second)  # (N,)
-    first_wins = torch.rand_like(difference) < (difference / annotator_temperature).sigmoid()
-    chosen = torch.where(first_wins[:, None], first, second)
-    rejected = torch.where(first_wins[:, None], second, first)
-    return prompts, chosen, rejected, torch.zeros_like(first_wins)
+    repeated = prompts.repeat_interleave(num_samples, 0)  # (N · K, P)
+    responses = torch.cat([generate(policy, chunk, 1.0) for chunk in repeated.split(256)])
+    rewards = get_scores(targets.repeat_interleave(num_samples), responses)
+    responses = responses.view(-1, num_samples, RESPONSE_LENGTH)  # (N, K, R)
+    rewards = rewards.view(-1, num_samples)  # (N, K)
+
+    # Compare response i with response j, for i < j, so that each pair is judged once.
+    differences = rewards[:, :, None] - rewards[:, None, :]  # (N, K, K)
+    first_wins = torch.rand_like(differences) < (differences / annotator_temperature).sigmoid()
+    different = (responses[:, :, None] != responses[:, None, :]).any(3)
+    judged = different.triu(diagonal=1)
+    wins = (judged & first_wins) | (judged & ~first_wins).transpose(1, 2)
+    return prompts, responses, wins.float()
 
 
 def read_preferences(path, test_prompts):
@@ -462,22 +466,32 @@ def read_preferences(path, test_prompts):
     return tuple(torch.tensor(column, device=device) for column in zip(*preferences, strict=True))
 
 
+def pair_wins(ties):
+    """Wins (N, 2, 2) for N pairs of a chosen and a rejected response; a tie is ½ each way."""
+    wins = torch.zeros(len(ties), 2, 2, device=ties.device)
+    wins[:, 0, 1] = torch.where(ties, 0.5, 1.0)
+    wins[:, 1, 0] = torch.where(ties, 0.5, 0.0)
+    return wins
+
+
 def is_higher(scores, other_scores):
     """1 where a score is higher than the other, 0.5 where they are equal, 0 where it is lower."""
     return 0.5 + 0.5 * (scores - other_scores).sign()
 
 
-def preference_loss(chosen_scores, rejected_scores, ties):
-    """Bradley–Terry: -log σ(chosen - rejected). A tie counts half each way. All inputs (B,).
+def preference_loss(scores, wins):
+    """Bradley–Terry: -log σ(score of the preferred response - score of the other).
 
-    Returns the mean loss, and the accuracy: how often the chosen response scores higher.
+    scores: (B, K). wins: (B, K, K), see above. All pairs of a prompt share one pass of the model
+    over its K responses (InstructGPT: Ouyang et al. 2022, arXiv:2203.02155).
+    Returns the mean loss of the judged pairs, and the accuracy: how often the preferred response
+    has the higher score.
     """
-    margins = chosen_scores - rejected_scores
-    losses = -F.logsigmoid(margins)
-    reversed_losses = -F.logsigmoid(-margins)  # as if the other response were the chosen one
-    accuracy = torch.where(ties, 0.5, is_higher(chosen_scores, rejected_scores)).mean()
-    losses = torch.where(ties, (losses + reversed_losses) / 2, losses)
-    return losses.mean(), accuracy
+    margins = scores[:, :, None] - scores[:, None, :]  # (B, K, K)
+    num_pairs = wins.sum().clamp(min=1)  # 0 only if no prompt has two different responses
+    loss = -(wins * F.logsigmoid(margins)).sum() / num_pairs
+    accuracy = (wins * is_higher(margins, 0.0)).sum() / num_pairs
+    return loss, accuracy
 
 
 # ---------------------------------------------------------------------------- Pointwise labels
@@ -485,16 +499,16 @@ def sample_labels(policy, prompts, targets, annotator_temperature):
     """Sample a response to each prompt and let a noisy annotator say whether it is good.
 
     The annotator says so with probability σ((R - ½) / τ).
-    Returns prompts (N, P), responses (N, R) and labels (N,), true where the response is good.
+    Returns prompts (N, P), responses (N, 1, R) and labels (N, 1), true where a response is good.
     """
     responses = torch.cat([generate(policy, chunk, 1.0) for chunk in prompts.split(256)])
     logits = (get_scores(targets, responses) - 0.5) / annotator_temperature  # (N,)
     labels = torch.rand_like(logits) < logits.sigmoid()
-    return prompts, responses, labels
+    return prompts, responses[:, None], labels[:, None]
 
 
 def label_loss(scores, labels):
-    """Binary cross-entropy: -log σ(score) if labelled good, else -log σ(-score). Both (B,).
+    """Binary cross-entropy: -log σ(score) if labelled good, else -log σ(-score). Both (B, 1).
 
     Returns the mean loss, and the accuracy: how often the score's sign agrees with the label.
     """
@@ -736,14 +750,17 @@ def main(args):
         annotate(policy, train_prompts, args.preferences, args.annotate)
         return {}
 
-    # 1. Feedback: prompts, responses and what the annotator said, one row per example.
+    # 1. Feedback. An example is a prompt, K responses to it and what the annotator said of them.
     rows = torch.randint(len(train_prompts), (args.num_examples,), device=device)
     prompts = train_prompts[rows]
     targets = train_targets[rows]
     if args.preferences is not None:
-        examples = preferences
+        prompts, chosen, rejected, ties = preferences
+        examples = (prompts, torch.stack([chosen, rejected], 1), pair_wins(ties))
     elif args.learn_from == "preferences":
-        examples = sample_preferences(policy, prompts, targets, args.annotator_temperature)
+        examples = sample_comparisons(
+            policy, prompts, targets, args.annotator_temperature, args.num_samples
+        )
     elif args.learn_from == "labels":
         examples = sample_labels(policy, prompts, targets, args.annotator_temperature)
     else:
@@ -751,8 +768,8 @@ def main(args):
             policy, reference, prompts, targets, args.annotator_temperature, args.num_samples
         )
     num_examples = len(examples[0])
-    if num_examples == 0:
-        fail("every sampled pair was two identical responses")
+    if args.learn_from == "preferences" and examples[2].sum() == 0:
+        fail("no two responses to a prompt differ, so there is nothing to compare")
 
     reward_model = RewardModel(args.ensemble_size, args.uncertainty_coef).to(device)
     reward_model.reference.load_state_dict(reference.state_dict())
@@ -797,22 +814,16 @@ def main(args):
                 optimizer.param_groups[0]["lr"] = learning_rate
 
                 # 2. Update: a gradient step on the loss for the kind of feedback.
+                prompts, responses, feedback = [column[rows] for column in examples]
+                repeated = prompts.repeat_interleave(responses.shape[1], 0)  # (B · K, P)
+                scores = response_scores(gpt, repeated, responses.flatten(0, 1))
+                scores = scores.view(responses.shape[:2])  # (B, K)
                 if args.learn_from == "preferences":
-                    prompts, chosen, rejected, ties = [column[rows] for column in examples]
-                    responses = torch.cat([chosen, rejected])
-                    scores = response_scores(gpt, torch.cat([prompts, prompts]), responses)
-                    chosen_scores, rejected_scores = scores.chunk(2)
-                    loss, accuracy = preference_loss(chosen_scores, rejected_scores, ties)
+                    loss, accuracy = preference_loss(scores, feedback)
                 elif args.learn_from == "labels":
-                    prompts, responses, labels = [column[rows] for column in examples]
-                    scores = response_scores(gpt, prompts, responses)
-                    loss, accuracy = label_loss(scores, labels)
+                    loss, accuracy = label_loss(scores, feedback)
                 else:
-                    prompts, candidates, log_weights = [column[rows] for column in examples]
-                    repeated = prompts.repeat_interleave(candidates.shape[1], 0)
-                    scores = response_scores(gpt, repeated, candidates.flatten(0, 1))
-                    scores = scores.view(log_weights.shape)  # (B, 1 + M)
-                    loss, accuracy = demonstration_loss(scores, log_weights)
+                    loss, accuracy = demonstration_loss(scores, feedback)
 
                 optimizer.zero_grad()
                 loss.backward()

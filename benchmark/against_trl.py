@@ -54,6 +54,7 @@ from run import RESULTS, machine  # noqa: E402
 
 import dpo  # noqa: E402
 import grpo  # noqa: E402
+import reward_model  # noqa: E402
 
 EOS = grpo.EOS
 GROUP_SIZE = 8
@@ -186,6 +187,7 @@ class Job:
     batch_size: int  # completions or pairs per gradient step
     num_rollouts: int = 0  # of BATCH_SIZE completions, for grpo and rloo
     pairs: tuple | None = None  # prompts, chosen, rejected as lists of tokens, for dpo and reward
+    comparisons: tuple | None = None  # of these pairs, if several are of one prompt; for reward
     epochs: int = 1  # passes over each rollout, or over the pairs
 
     @property
@@ -204,11 +206,11 @@ class Job:
         return self.epochs * BATCH_SIZE // self.batch_size
 
 
-def make_job(method, seed, start, steps=None, one_step=False, minibatch_size=None):
+def make_job(method, seed, start, steps=None, one_step=False, from_file=False):
     """A script's defaults, in rollouts of 64 prompts × 8. With steps, for speed: that many of them.
 
     one_step: grpo takes one gradient step per rollout, as rloo does.
-    minibatch_size: pairs per gradient step, if not the script's own.
+    from_file: reward_model.py reads one pair per prompt from a file, as dpo.py does.
     """
     args = importlib.import_module(SCRIPTS[method]).Args
     job = Job(method, seed, BATCH_SIZE)
@@ -218,13 +220,18 @@ def make_job(method, seed, start, steps=None, one_step=False, minibatch_size=Non
             job.batch_size = BATCH_SIZE // args.num_minibatches
             job.epochs = args.update_epochs
         return job
-    job.batch_size = minibatch_size or args.minibatch_size
+    job.batch_size = args.minibatch_size
     job.epochs = args.epochs
     number = args.num_pairs if method == "dpo" else args.num_examples
     if steps is not None:
         job.epochs = 1
         number = steps * job.batch_size
-    if start is not None:
+    if start is not None and method == "reward" and not from_file:
+        job.comparisons = sample_comparisons(start, number, args, seed)
+        job.pairs = judged_pairs(*job.comparisons)
+        num_steps = number // args.minibatch_size
+        job.batch_size = math.ceil(len(job.pairs[0]) / num_steps)
+    elif start is not None:
         job.pairs = sample_pairs(start, number, args.annotator_temperature, seed)
     return job
 
@@ -236,6 +243,23 @@ def sample_pairs(start, number, annotator_temperature, seed):
     rows = torch.randint(len(prompts), (number,))
     pairs = dpo.sample_preferences(start, prompts[rows], targets[rows], annotator_temperature)
     return tuple(column.tolist() for column in pairs[:3])
+
+
+def sample_comparisons(start, number, args, seed):
+    """Comparisons as reward_model.py samples them: prompts, responses to each, and which won."""
+    torch.manual_seed(seed)
+    prompts, targets, _, _ = dpo.make_prompts("cpu")
+    rows = torch.randint(len(prompts), (number,))
+    return reward_model.sample_comparisons(
+        start, prompts[rows], targets[rows], args.annotator_temperature, args.num_samples
+    )
+
+
+def judged_pairs(prompts, responses, wins):
+    """The same as pairs: prompts, chosen, rejected, as lists of tokens."""
+    rows, chosen, rejected = wins.nonzero(as_tuple=True)
+    columns = prompts[rows], responses[rows, chosen], responses[rows, rejected]
+    return tuple(column.tolist() for column in columns)
 
 
 def write_pairs(pairs, path):
@@ -300,6 +324,7 @@ def run_ours(job, start, models, folder):
             policy.load_state_dict(start.state_dict())
         models.append(policy)
 
+    patches = {"sft": sft}
     flags = {"seed": job.seed, "tensorboard": False, "save_path": Path(folder) / "saved.pt"}
     if job.method in ("grpo", "rloo"):
         flags["total_episodes"] = job.amount
@@ -308,12 +333,15 @@ def run_ours(job, start, models, folder):
         if job.method == "grpo":
             flags["num_minibatches"] = BATCH_SIZE // job.batch_size
             flags["update_epochs"] = job.epochs
+    elif job.comparisons is not None:
+        flags["epochs"] = job.epochs
+        patches["sample_comparisons"] = lambda *_: job.comparisons
     elif job.pairs is not None:
         write_pairs(job.pairs, Path(folder) / "pairs.jsonl")
         flags["preferences"] = Path(folder) / "pairs.jsonl"
         flags["minibatch_size"] = job.batch_size
         flags["epochs"] = job.epochs
-    with mock.patch.object(script, "sft", sft):
+    with mock.patch.multiple(script, **patches):
         script.main(script.Args(**flags))
     return exact.evaluate_file(flags["save_path"])
 
@@ -471,10 +499,10 @@ def say(line):
     print(line, file=sys.stderr, flush=True)
 
 
-def measure_speed(method, turns, steps, one_step=False, minibatch_size=None):
+def measure_speed(method, turns, steps, one_step=False, from_file=False):
     """Completions or pairs per second of each side, in turn."""
     start = make_reference(1)
-    job = make_job(method, 1, start, steps, one_step, minibatch_size)
+    job = make_job(method, 1, start, steps, one_step, from_file)
     speeds = {side: [] for side in SIDES}
     for turn in range(turns + 1):
         order = SIDES if turn % 2 == 0 else SIDES[::-1]
@@ -591,8 +619,10 @@ def make_tables(found):
         lines += [*learning_table(found["learning"]), ""]
     if found["race"]:
         lines += [*race_table(found["race"], found["goal"]), ""]
-    notes = sorted({f"`{how['command']}`: {how['place']}" for how in found["measured"].values()})
-    return "\n".join([*lines, " ".join(notes)])
+    notes = set()
+    for how in found["measured"].values():
+        notes.add(f"`{how['command']}`: {how['seconds']:,} seconds. {how['place']}")
+    return "\n".join([*lines, " ".join(sorted(notes))])
 
 
 def main():
@@ -628,16 +658,18 @@ def main():
     how = {
         "command": " ".join(["python benchmark/against_trl.py", *sys.argv[1:]]),
         "place": f"{', '.join(versions)}, {place(machine(args.threads))}",
+        "seconds": 0,
     }
     for method in args.only:
+        started = time.time()
         if "speed" in args.parts:
             found["speed"][method] = measure_speed(method, args.turns, args.steps)
             if method == "grpo":  # TRL is fastest so: it then needs no old log-probabilities
                 once = measure_speed(method, args.turns, args.steps, one_step=True)
                 found["speed"]["grpo, 1 step per rollout"] = once
-            if method == "reward":  # TRL is faster in larger minibatches
-                large = measure_speed(method, args.turns, args.steps, minibatch_size=256)
-                found["speed"]["reward, minibatches of 256"] = large
+            if method == "reward":
+                pairs = measure_speed(method, args.turns, args.steps, from_file=True)
+                found["speed"]["reward, a file of single pairs"] = pairs
         if "learning" in args.parts:
             found["learning"][method] = measure_learning(method, args.seeds, steps)
         if "race" in args.parts and method != "reward":
@@ -645,6 +677,7 @@ def main():
         for part in args.parts:
             if method in found[part]:  # there is no race of reward models
                 found["measured"][f"{method}, {part}"] = how
+        how["seconds"] += round(time.time() - started)
         if not args.quick:  # after each method, since it takes long
             path.write_text(json.dumps(found, indent=1) + "\n")
             path.with_suffix(".md").write_text(make_tables(found) + "\n")

@@ -16,8 +16,8 @@ from pathlib import Path
 from run import RESULTS, average_points, child_seconds, execute, machine, read_scalars, run_folder
 
 REWARD_MODEL = (
-    "reward_model.py --num-examples 1024 --epochs 6 --minibatch-size 8 --ensemble-size 5"
-    " --save-path rm.pt"
+    "reward_model.py --num-examples 1024 --num-samples 2 --epochs 6 --minibatch-size 8"
+    " --ensemble-size 5 --save-path rm.pt"
 )
 PPO = "ppo.py --reward-model ../rm.pt --total-episodes 15360 --learning-rate 5e-4"
 CURVES = {"kl": "charts/kl", "learned": "charts/score", "true": "charts/true_score"}

@@ -483,14 +483,19 @@ def with_head(model):
 # ---------------------------------------------------------------- Reward model
 def test_reward_loss(trainers):
     trainer, _ = trainers("reward")
-    scores = float64(24).requires_grad_()
+    scores = float64(12, 3).requires_grad_()
+    different = torch.rand(12, 3, 3) < 0.8
+    first_wins = torch.rand(12, 3, 3) < 0.5
+    judged = different.triu(1)
+    wins = (judged & first_wins) | (judged & ~first_wins).mT
+    rows, chosen, rejected = wins.nonzero(as_tuple=True)
+    pairs = torch.cat([scores[rows, chosen], scores[rows, rejected]])
 
     def model(**_):
-        return SimpleNamespace(logits=scores[:, None])
+        return SimpleNamespace(logits=pairs[:, None])
 
-    theirs = trainer.compute_loss(model, {"attention_mask": torch.ones(24, 6)})
-    ties = torch.zeros(12, dtype=torch.bool)
-    ours, _ = reward_model.preference_loss(*scores.chunk(2), ties)
+    theirs = trainer.compute_loss(model, {"attention_mask": torch.ones(len(pairs), 6)})
+    ours, _ = reward_model.preference_loss(scores, wins.double())
     assert_same(ours, theirs, scores)
 
 
@@ -549,6 +554,18 @@ def test_pairs_file_is_read_back(tmp_path):
     columns = dpo.read_preferences(tmp_path / "pairs.jsonl", test_prompts)
     assert tuple(column.tolist() for column in columns[:3]) == pairs
     assert not columns[3].any()
+
+
+def test_pairs_are_those_that_were_compared():
+    args = reward_model.Args(num_samples=4)
+    prompts, responses, wins = bench.sample_comparisons(random_gpt(), 100, args, seed=3)
+    pairs = bench.judged_pairs(prompts, responses, wins)
+    expected = []
+    for row, i, j in wins.nonzero().tolist():
+        expected.append((prompts[row], responses[row, i], responses[row, j]))
+    assert 400 < len(pairs[0]) == len(expected)
+    for got, wanted in zip(zip(*pairs, strict=True), expected, strict=True):
+        assert list(got) == [tokens.tolist() for tokens in wanted]
 
 
 def test_the_clock_leaves_out_what_is_looked_at():

@@ -59,13 +59,12 @@ def real_tokens(response):
 # ---------------------------------------------------------------------------- Losses
 @pytest.mark.parametrize("chosen, rejected, printed", [(2.89, 3.25, 0.8893), (2.89, 2.0, 0.3441)])
 def test_losses_printed_in_the_tutorial(chosen, rejected, printed):
-    loss, _ = reward_model.preference_loss(
-        float64(chosen), float64(rejected), torch.tensor([False])
-    )
+    scores = float64(chosen, rejected)[None]
+    loss, _ = reward_model.preference_loss(scores, reward_model.pair_wins(torch.tensor([False])))
     assert round(loss.item(), 4) == printed
 
 
-def test_preference_loss_by_loops():
+def test_preference_loss_of_pairs_by_loops():
     chosen, rejected = random_numbers(0, 2, 9)
     rejected[3] = chosen[3]
     ties = torch.tensor([False, True, False, False, True, False, False, False, True])
@@ -77,9 +76,36 @@ def test_preference_loss_by_loops():
             loss = (loss - oracle.log_sigmoid(b - a)) / 2
         losses.append(loss)
         correct.append(0.5 if tie or a == b else float(a > b))
-    loss, accuracy = reward_model.preference_loss(chosen, rejected, ties)
+    scores = torch.stack([chosen, rejected], 1)
+    loss, accuracy = reward_model.preference_loss(scores, reward_model.pair_wins(ties))
     assert loss.item() == pytest.approx(sum(losses) / 9, abs=1e-9)
     assert accuracy.item() == pytest.approx(sum(correct) / 9)
+
+
+def test_preference_loss_of_several_comparisons_by_loops():
+    """Every judged pair counts the same, however many a prompt has; the others do not count."""
+    scores = random_numbers(0, 3, 4)
+    wins = torch.zeros(3, 4, 4)
+    losses = []
+    correct = []
+    for prompt, better, worse in [(0, 2, 1), (0, 2, 0), (0, 0, 1), (0, 3, 2), (2, 1, 3)]:
+        wins[prompt, better, worse] = 1
+        margin = (scores[prompt, better] - scores[prompt, worse]).item()
+        losses.append(-oracle.log_sigmoid(margin))
+        correct.append(margin > 0)
+    loss, accuracy = reward_model.preference_loss(scores, wins)
+    assert loss.item() == pytest.approx(sum(losses) / 5, abs=1e-9)
+    assert accuracy.item() == pytest.approx(sum(correct) / 5)
+    shifted, _ = reward_model.preference_loss(scores + float64(3.0, -1.0, 2.0)[:, None], wins)
+    assert shifted.item() == pytest.approx(loss.item())  # a constant per prompt is not seen
+
+
+def test_a_minibatch_without_a_judged_pair_changes_nothing():
+    scores = random_numbers(0, 3, 4).requires_grad_()
+    loss, accuracy = reward_model.preference_loss(scores, torch.zeros(3, 4, 4))
+    loss.backward()
+    assert loss.item() == accuracy.item() == 0
+    assert not scores.grad.any()
 
 
 def test_label_loss_by_loops():
@@ -140,17 +166,12 @@ REWARDS = float64(1.0, 0.0, 0.4, 0.9)
 
 def test_preferences_lead_to_the_reward_over_the_temperature_and_a_constant():
     tau = 0.5
-    pairs = list(itertools.permutations(range(4), 2))
+    wins = torch.zeros(1, 4, 4, dtype=torch.float64)  # what is expected of the annotator
+    for i, j in itertools.permutations(range(4), 2):
+        wins[0, i, j] = oracle.sigmoid((REWARDS[i] - REWARDS[j]).item() / tau)
 
     def loss(scores):
-        total = 0.0
-        for i, j in pairs:
-            chance = oracle.sigmoid((REWARDS[i] - REWARDS[j]).item() / tau)
-            value, _ = reward_model.preference_loss(
-                scores[i, None], scores[j, None], torch.tensor([False])
-            )
-            total = total + chance * value
-        return total
+        return reward_model.preference_loss(scores[None], wins)[0]
 
     assert distance(minimise(loss, 4), REWARDS / tau) < 1e-5
 
@@ -254,33 +275,64 @@ def prompts_and_targets(number):
 
 
 def test_annotator_prefers_with_the_odds_of_bradley_and_terry(world):
-    prompts, chosen, rejected, ties = reward_model.sample_preferences(
-        "policy", *prompts_and_targets(60_000), 0.25
-    )
-    assert not ties.any()
-    identical = (world.probs["policy"] ** 2).sum().item()
-    assert len(prompts) / 60_000 == pytest.approx(1 - identical, abs=0.01)
-    wins = torch.zeros(11, 11)
-    index = world.index(chosen), world.index(rejected)
-    wins.index_put_(index, torch.tensor(1.0), accumulate=True)
-    judged = wins + wins.T
+    asked, targets = prompts_and_targets(20_000)
+    prompts, responses, wins = reward_model.sample_comparisons("policy", asked, targets, 0.25, 3)
+    assert torch.equal(prompts, asked)
+    rows = world.index(responses.flatten(0, 1)).view(20_000, 3)
+    shares = torch.bincount(rows.flatten(), minlength=11) / 60_000
+    assert (shares - world.probs["policy"]).abs().max() < 5 * 0.5 / math.sqrt(60_000)
+    # Two responses are compared once if they differ, and never if they are identical.
+    different = rows[:, :, None] != rows[:, None, :]
+    assert set(wins.unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(wins + wins.transpose(1, 2), different.float())
+    counts = torch.zeros(11, 11)
+    for prompt, better, worse in wins.nonzero().tolist():
+        counts[rows[prompt, better], rows[prompt, worse]] += 1
+    judged = counts + counts.T
     seen_often = judged >= 100
     assert seen_often.sum() > 50
     for i, j in seen_often.nonzero().tolist():
         expected = oracle.sigmoid((world.rewards[i] - world.rewards[j]).item() / 0.25)
-        assert abs(wins[i, j] / judged[i, j] - expected) < 5 * 0.5 / judged[i, j].sqrt()
+        assert abs(counts[i, j] / judged[i, j] - expected) < 5 * 0.5 / judged[i, j].sqrt()
+
+
+def test_comparisons_are_of_responses_to_one_prompt_judged_by_its_target(monkeypatch):
+    def generate(policy, prompts, temperature):
+        """The prompt's first digit, a random one, EOS."""
+        random_digits = torch.randint(10, (len(prompts), 1))
+        return torch.cat([prompts[:, :1], random_digits, torch.full_like(random_digits, EOS)], 1)
+
+    def reward(targets, responses):
+        return -((targets - responses[:, :2].sum(1)) ** 2).float()
+
+    monkeypatch.setattr(reward_model, "generate", generate)
+    monkeypatch.setattr(reward_model, "reward", reward)
+    asked, targets, _, _ = reward_model.make_prompts("cpu")
+    prompts, responses, wins = reward_model.sample_comparisons(None, asked, targets, 1e-3, 4)
+    assert torch.equal(prompts, asked)
+    rows = zip(prompts.tolist(), responses.tolist(), wins.tolist(), strict=True)
+    checked = 0
+    for prompt, answers, won in rows:
+        errors = [abs(20 - sum(prompt) - sum(answer[:2])) for answer in answers]
+        assert {answer[0] for answer in answers} == {prompt[0]}
+        for i, j in itertools.permutations(range(4), 2):
+            if errors[i] < errors[j]:
+                assert won[i][j] == 1 and won[j][i] == 0
+                checked += 1
+    assert checked > 3000
 
 
 def test_labels_are_good_with_the_stated_odds(world):
     asked, targets = prompts_and_targets(60_000)
     prompts, responses, labels = reward_model.sample_labels("policy", asked, targets, 0.25)
     assert torch.equal(prompts, asked)
-    assert labels.dtype == torch.bool
-    rows = world.index(responses)
+    assert responses.shape == (60_000, 1, 3)
+    assert labels.shape == (60_000, 1) and labels.dtype == torch.bool
+    rows = world.index(responses.squeeze(1))
     for i in range(11):
         share = (rows == i).float().mean()
         assert abs(share - world.probs["policy"][i]) < 5 * 0.5 / math.sqrt(60_000)
-        found = labels[rows == i].float()
+        found = labels[rows == i].float().flatten()
         expected = oracle.sigmoid((world.rewards[i].item() - 0.5) / 0.25)
         assert abs(found.mean() - expected) < 5 * 0.5 / math.sqrt(len(found))
 
@@ -684,6 +736,8 @@ def check_refused(capsys, flag, **flags):
 
 
 LEARN_FROM = ["preferences", "labels", "demonstrations"]
+SAMPLERS = {"labels": "sample_labels", "preferences": "sample_comparisons"}
+SAMPLERS["demonstrations"] = "sample_demonstrations"
 LOSSES = {"labels": "label_loss", "preferences": "preference_loss"}
 LOSSES["demonstrations"] = "demonstration_loss"
 CODE = torch.tensor([1.0, 11.0, 121.0])
@@ -694,25 +748,16 @@ def code(prompts, responses):
     return (prompts * CODE).sum(-1) + 1331 * (responses * CODE).sum(-1)
 
 
-def coded_rows(kind, examples):
+def coded_rows(examples):
     """What the loss should get for each example, as tuples."""
-    prompts, *columns = examples
-    if kind == "preferences":
-        chosen, rejected, ties = columns
-        values = [code(prompts, chosen), code(prompts, rejected), ties.float()]
-        return [tuple(row) for row in torch.stack(values, 1).tolist()]
-    if kind == "labels":
-        responses, labels = columns
-        values = [code(prompts, responses), labels.float()]
-        return [tuple(row) for row in torch.stack(values, 1).tolist()]
-    candidates, log_weights = columns
-    scores = code(prompts[:, None], candidates)
-    return [tuple(row) for row in torch.cat([scores, log_weights], 1).tolist()]
+    prompts, responses, feedback = examples
+    scores = code(prompts[:, None], responses)
+    return [tuple(row) for row in torch.cat([scores, feedback.float().flatten(1)], 1).tolist()]
 
 
 def record_training(monkeypatch, kind):
     """Record the examples of a run, and the rows that its loss function gets at each step."""
-    examples = programs.spy(monkeypatch, reward_model, f"sample_{kind}")
+    examples = programs.spy(monkeypatch, reward_model, SAMPLERS[kind])
     batches = []
     loss_function = getattr(reward_model, LOSSES[kind])
 
@@ -732,10 +777,10 @@ def record_training(monkeypatch, kind):
 @pytest.mark.parametrize("kind", LEARN_FROM)
 def test_every_epoch_reads_every_example_once_in_another_order(kind, monkeypatch):
     examples, batches = record_training(monkeypatch, kind)
-    extra = {"num_samples": 2} if kind == "demonstrations" else {}
+    extra = {} if kind == "labels" else {"num_samples": 2}
     run(learn_from=kind, num_examples=50, epochs=3, minibatch_size=16, **extra)
     ((_, sampled, _),) = examples
-    expected = coded_rows(kind, sampled)
+    expected = coded_rows(sampled)
     per_epoch = math.ceil(len(expected) / 16)
     assert len(batches) == 3 * per_epoch
     orders = []
@@ -752,7 +797,7 @@ def test_members_learn_from_bootstrap_samples(monkeypatch):
     examples, batches = record_training(monkeypatch, "labels")
     run(learn_from="labels", num_examples=64, epochs=2, minibatch_size=64, ensemble_size=2)
     ((_, sampled, _),) = examples
-    known = set(coded_rows("labels", sampled))
+    known = set(coded_rows(sampled))
     first, again, second, _ = [sorted(batch) for batch in batches]
     assert len(first) == len(second) == 64  # as many, drawn with replacement
     assert first == again  # the same sample in each epoch
@@ -763,9 +808,9 @@ def test_members_learn_from_bootstrap_samples(monkeypatch):
 
 
 def test_training_prompts_are_asked_at_random_with_their_own_targets(monkeypatch):
-    calls = programs.record(monkeypatch, reward_model, "sample_preferences")["sample_preferences"]
-    run(num_examples=300, annotator_temperature=0.3)
-    (call,) = calls
+    calls = programs.record(monkeypatch, reward_model, "sample_comparisons")
+    run(num_examples=300, annotator_temperature=0.3, num_samples=5)
+    (call,) = calls["sample_comparisons"]
     train_prompts = set(map(tuple, reward_model.make_prompts("cpu")[0].tolist()))
     prompts = [tuple(prompt) for prompt in call["prompts"].tolist()]
     assert len(prompts) == 300
@@ -773,6 +818,7 @@ def test_training_prompts_are_asked_at_random_with_their_own_targets(monkeypatch
     assert len(set(prompts)) > 200
     assert torch.equal(call["targets"], 20 - call["prompts"].sum(1))
     assert call["annotator_temperature"] == 0.3
+    assert call["num_samples"] == 5
 
 
 def record_optimizer(monkeypatch):
@@ -896,7 +942,7 @@ FROM_POLICY = {"sft_steps": reward_model.Args.sft_steps}
 @pytest.mark.parametrize("kind", LEARN_FROM)
 def test_a_saved_policy_is_judged_and_its_reference_is_the_reference(kind, monkeypatch):
     path = save_policy("policy.pt")
-    sampled = programs.record(monkeypatch, reward_model, f"sample_{kind}")[f"sample_{kind}"]
+    sampled = programs.record(monkeypatch, reward_model, SAMPLERS[kind])[SAMPLERS[kind]]
     calls = programs.record(monkeypatch, reward_model, "evaluate_scores", "normalise", "generate")
     run(policy=path, learn_from=kind, save_path=Path("rm.pt"), **FROM_POLICY)
     assert is_gpt(sampled[0]["policy"], 4)
@@ -1066,10 +1112,10 @@ def test_pairs_of_a_file_are_learned_from_but_not_those_of_held_out_prompts(monk
     write_pairs([*train_prompts[:6].tolist(), *test_prompts[:3].tolist()], tie)
     losses = programs.spy(monkeypatch, reward_model, "preference_loss")
     run(**FROM_FILE)
-    ((chosen, _, ties), _, _) = losses[0]
+    ((scores, wins), _, _) = losses[0]
     assert len(losses) == 1
-    assert len(chosen) == 6
-    assert ties.all()
+    assert scores.shape == (6, 2)
+    assert wins.tolist() == [[[0, 0.5], [0.5, 0]]] * 6
     assert "3 with held-out prompts" in capsys.readouterr().out
 
 
@@ -1098,7 +1144,7 @@ def test_a_policy_that_always_writes_the_same_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         run()
     assert stop.value.code == 2
-    assert "identical" in capsys.readouterr().err
+    assert "no two responses to a prompt differ" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------- Flags
@@ -1121,6 +1167,7 @@ def test_same_seed_same_result_and_every_flag_changes_it(monkeypatch):
         {"max_grad_norm": 0.001},
         {"sft_steps": 0},
         {"policy": Path("policy.pt"), **FROM_POLICY},
+        {"num_samples": 2},
         {"seed": 2},
     ]
 
@@ -1146,6 +1193,7 @@ def test_values_at_the_border_are_taken():
         reward_model.Args(seed=2**63 - 1, weight_decay=0.0, ensemble_size=2, uncertainty_coef=0.0)
     )
     reward_model.check_args(reward_model.Args(learn_from="demonstrations", num_samples=1))
+    reward_model.check_args(reward_model.Args(num_samples=2))
     reward_model.check_args(reward_model.Args(annotate=1, preferences=Path("new.jsonl")))
 
 
@@ -1155,6 +1203,7 @@ BAD = [
     ("sft_steps", {"sft_steps": -1}),
     ("num_examples", {"num_examples": 0}),
     ("num_samples", {"num_samples": 0, "learn_from": "demonstrations"}),
+    ("num_samples", {"num_samples": 1}),
     ("annotator_temperature", {"annotator_temperature": 0.0}),
     ("annotator_temperature", {"annotator_temperature": float("inf")}),
     ("epochs", {"epochs": 0}),
@@ -1171,8 +1220,8 @@ BAD = [
     ("annotate", {"annotate": 0, **MINE}),
     # Flags that would not be read.
     ("uncertainty_coef", {"uncertainty_coef": 1.0}),
-    ("num_samples", {"num_samples": 5}),
     ("num_samples", {"num_samples": 5, "learn_from": "labels"}),
+    ("num_samples", {**FROM_FILE, "num_samples": 5}),
     ("sft_steps", {"policy": Path("policy.pt"), "sft_steps": 20}),
     ("num_examples", {"preferences": Path("pairs.jsonl"), "num_examples": 64}),
     ("learn_from", {**FROM_FILE, "learn_from": "labels"}),
