@@ -354,6 +354,11 @@ def evaluate(policy, reference, prompts, targets, temperature):
 
 
 # ---------------------------------------------------------------------------- Preference pairs
+def sample_responses(policy, prompts):
+    """Sample a response to each prompt at temperature 1, in chunks that fit into memory. (N, R)"""
+    return torch.cat([generate(policy, chunk, 1.0) for chunk in prompts.split(256)])
+
+
 def sample_preferences(policy, prompts, targets, annotator_temperature):
     """Sample two responses to each prompt and let a noisy annotator say which is better.
 
@@ -362,8 +367,8 @@ def sample_preferences(policy, prompts, targets, annotator_temperature):
     number of prompts.
     Returns prompts (N, P), chosen (N, R), rejected (N, R) and ties (N,), all false.
     """
-    first = torch.cat([generate(policy, chunk, 1.0) for chunk in prompts.split(256)])
-    second = torch.cat([generate(policy, chunk, 1.0) for chunk in prompts.split(256)])
+    first = sample_responses(policy, prompts)
+    second = sample_responses(policy, prompts)
     different = (first != second).any(1)
     prompts = prompts[different]
     targets = targets[different]
@@ -377,10 +382,12 @@ def sample_preferences(policy, prompts, targets, annotator_temperature):
 
 
 def read_preferences(path, test_prompts):
-    """Read preference pairs from a JSON Lines file. Returns what sample_preferences returns.
+    """Read preference pairs from a JSON Lines file.
 
     Leaves out pairs of held-out prompts (so that the evaluation stays clean) and pairs of
     identical responses that are not marked as ties, and prints their number. Exits on a bad line.
+    Returns prompts (N, P), chosen (N, R), rejected (N, R) and ties (N,), true where neither is
+    better.
     """
     held_out = {tuple(prompt) for prompt in test_prompts.tolist()}
     preferences = []

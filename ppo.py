@@ -221,7 +221,7 @@ class GPT(nn.Module):
 class RewardModel(nn.Module):
     """Prompts (B, P) and responses (B, R) to scores (B,), learned by reward_model.py.
 
-    The score is the mean of an ensemble of K members, minus uncertainty_coef times their population
+    The score is the mean of an ensemble of E members, minus uncertainty_coef times their population
     standard deviation: a lower confidence bound, like that of Coste et al. 2023 (arXiv:2310.02743),
     who subtract the variance. With a coefficient above 0, scores are slightly random, since they
     depend on a few responses sampled from the reference.
@@ -237,7 +237,7 @@ class RewardModel(nn.Module):
         return torch.stack([response_scores(gpt, prompts, responses) for gpt in self.members])
 
     def forward(self, prompts, responses):
-        scores = self.member_scores(prompts, responses)  # (K, B)
+        scores = self.member_scores(prompts, responses)  # (E, B)
         if self.uncertainty_coef == 0:
             return scores.mean(0)
         # A loss on preferences or demonstrations sees only differences between responses to one

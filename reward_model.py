@@ -6,15 +6,16 @@ A GPT reads prompt and response; its one output at the last token is the score r
 feedback, then take gradient steps on the loss for that kind of feedback. R is the true reward and
 τ how noisy the annotator is:
 
-  preferences     Of K samples for a prompt, every two are compared. A is preferred to B with
-                  probability σ((R(A) - R(B)) / τ) (Bradley & Terry 1952; Christiano et al. 2017,
-                  arXiv:1706.03741). Loss: the one above. Minimum: R/τ plus any constant per prompt,
-                  since the loss sees differences only.
-  labels          y is called good with probability σ((R(y) - ½) / τ). Loss: binary cross-entropy.
-                  Minimum: (R - ½)/τ, with no constant left free.
-  demonstrations  y is written with probability ∝ π_ref(y|x) · exp(R(y) / τ): maximum-entropy
+  preferences     The policy writes M responses to a prompt, and every two are compared. A is
+                  preferred to B with probability σ((R(A) - R(B)) / τ) (Bradley & Terry 1952;
+                  Christiano et al. 2017, arXiv:1706.03741). Loss: the one above. Minimum: R/τ plus
+                  any constant per prompt, since the loss sees differences only.
+  labels          The policy writes a response y; it is called good with probability
+                  σ((R(y) - ½) / τ). Loss: binary cross-entropy. Minimum: (R - ½)/τ, with no
+                  constant left free.
+  demonstrations  An expert writes y with probability ∝ π_ref(y|x) · exp(R(y) / τ): maximum-entropy
                   inverse RL (Ziebart et al. 2008) with π_ref as prior. Loss: cross-entropy of
-                  telling the demonstration from M samples (ranking NCE: Ma & Collins 2018,
+                  telling y from M responses of the policy (ranking NCE: Ma & Collins 2018,
                   arXiv:1809.01812). Minimum: R/τ plus any constant per prompt.
 
 With finite data r only comes near the minimum; the weight decay, high by default, keeps it from
@@ -24,8 +25,9 @@ Finally the scores are normalised to mean 0 and standard deviation 1 on the refe
 (before `--uncertainty-coef` subtracts anything).
 
 The task: given three digits, write two more and EOS so that all five sum to 20. A small GPT is
-first trained on correct answers (SFT). It is the reference; its responses are judged by a simulated
-annotator, or by you. To use your own task or model, replace the sections "Task" and "Model".
+first trained on correct answers (SFT). It is the reference, and also the policy, unless there is a
+`--policy`. A simulated annotator gives the feedback, or you do. To use your own task or model,
+replace the sections "Task" and "Model".
 
     python reward_model.py --save-path rm.pt    # learn a reward; --help lists every flag
     python ppo.py --reward-model rm.pt          # maximise it: held-out success 0.59 -> 0.99
@@ -69,7 +71,7 @@ class Args:
     policy: Path | None = None  # judge this saved policy's responses (at temperature 1)
     learn_from: Literal["preferences", "labels", "demonstrations"] = "preferences"  # see above
     num_examples: int = 32_768  # prompts drawn, each with its preferences, label or demonstration
-    num_samples: int = 4  # samples per prompt: compared in pairs, or with the demonstration
+    num_samples: int = 4  # M: responses per prompt, compared in pairs or with a demonstration
     annotator_temperature: float = 0.5  # τ: prefers A to B with probability σ((R(A) - R(B))/τ)
     preferences: Path | None = None  # JSON Lines of pairs; default: simulate an annotator
     annotate: int | None = None  # judge pairs yourself until --preferences has this many, then stop
@@ -281,7 +283,7 @@ class GPT(nn.Module):
 class RewardModel(nn.Module):
     """Prompts (B, P) and responses (B, R) to scores (B,), learned by reward_model.py.
 
-    The score is the mean of an ensemble of K members, minus uncertainty_coef times their population
+    The score is the mean of an ensemble of E members, minus uncertainty_coef times their population
     standard deviation: a lower confidence bound, like that of Coste et al. 2023 (arXiv:2310.02743),
     who subtract the variance. With a coefficient above 0, scores are slightly random, since they
     depend on a few responses sampled from the reference.
@@ -297,7 +299,7 @@ class RewardModel(nn.Module):
         return torch.stack([response_scores(gpt, prompts, responses) for gpt in self.members])
 
     def forward(self, prompts, responses):
-        scores = self.member_scores(prompts, responses)  # (K, B)
+        scores = self.member_scores(prompts, responses)  # (E, B)
         if self.uncertainty_coef == 0:
             return scores.mean(0)
         # A loss on preferences or demonstrations sees only differences between responses to one
@@ -406,35 +408,43 @@ def load_policy(path, device):
     return policy, reference
 
 
+def sample_responses(policy, prompts):
+    """Sample a response to each prompt at temperature 1, in chunks that fit into memory. (N, R)"""
+    return torch.cat([generate(policy, chunk, 1.0) for chunk in prompts.split(256)])
+
+
 # ---------------------------------------------------------------------------- Preferences
 def sample_comparisons(policy, prompts, targets, annotator_temperature, num_samples):
-    """Sample K responses to each prompt; for every two, a noisy annotator says which is better.
+    """Sample M responses to each prompt; for every two, a noisy annotator says which is better.
 
     The annotator prefers A to B with probability σ((reward of A - reward of B) / τ)
     (Bradley–Terry). Two identical responses teach nothing and are not compared.
-    Returns prompts (N, P), responses (N, K, R) and wins (N, K, K): wins[n, i, j] is 1 if response i
+    Returns prompts (N, P), responses (N, M, R) and wins (N, M, M): wins[n, i, j] is 1 if response i
     was preferred to response j, else 0.
     """
-    repeated = prompts.repeat_interleave(num_samples, 0)  # (N · K, P)
-    responses = torch.cat([generate(policy, chunk, 1.0) for chunk in repeated.split(256)])
+    responses = sample_responses(policy, prompts.repeat_interleave(num_samples, 0))  # (N · M, R)
     rewards = get_scores(targets.repeat_interleave(num_samples), responses)
-    responses = responses.view(-1, num_samples, RESPONSE_LENGTH)  # (N, K, R)
-    rewards = rewards.view(-1, num_samples)  # (N, K)
+    responses = responses.view(-1, num_samples, RESPONSE_LENGTH)  # (N, M, R)
+    rewards = rewards.view(-1, num_samples)  # (N, M)
 
-    # Compare response i with response j, for i < j, so that each pair is judged once.
-    differences = rewards[:, :, None] - rewards[:, None, :]  # (N, K, K)
+    # Row i and column j compare response i with response j. Each pair is judged once, where i < j.
+    differences = rewards[:, :, None] - rewards[:, None, :]  # (N, M, M)
     first_wins = torch.rand_like(differences) < (differences / annotator_temperature).sigmoid()
     different = (responses[:, :, None] != responses[:, None, :]).any(3)
     judged = different.triu(diagonal=1)
-    wins = (judged & first_wins) | (judged & ~first_wins).transpose(1, 2)
+    wins = judged & first_wins
+    losses = judged & ~first_wins
+    wins = wins | losses.transpose(1, 2)
     return prompts, responses, wins.float()
 
 
 def read_preferences(path, test_prompts):
-    """Read preference pairs from a JSON Lines file. Returns what sample_preferences returns.
+    """Read preference pairs from a JSON Lines file.
 
     Leaves out pairs of held-out prompts (so that the evaluation stays clean) and pairs of
     identical responses that are not marked as ties, and prints their number. Exits on a bad line.
+    Returns prompts (N, P), chosen (N, R), rejected (N, R) and ties (N,), true where neither is
+    better.
     """
     held_out = {tuple(prompt) for prompt in test_prompts.tolist()}
     preferences = []
@@ -467,7 +477,7 @@ def read_preferences(path, test_prompts):
 
 
 def pair_wins(ties):
-    """Wins (N, 2, 2) for N pairs of a chosen and a rejected response; a tie is ½ each way."""
+    """Wins (N, 2, 2) for N pairs of a chosen and a rejected response; a tie is half a win each."""
     wins = torch.zeros(len(ties), 2, 2, device=ties.device)
     wins[:, 0, 1] = torch.where(ties, 0.5, 1.0)
     wins[:, 1, 0] = torch.where(ties, 0.5, 0.0)
@@ -482,9 +492,9 @@ def is_higher(scores, other_scores):
 def preference_loss(scores, wins):
     """Bradley–Terry: -log σ(score of the preferred response - score of the other).
 
-    scores: (B, K). wins: (B, K, K), see above. All pairs of a prompt share one pass of the model
-    over its K responses (InstructGPT: Ouyang et al. 2022, arXiv:2203.02155).
-    Returns the mean loss of the judged pairs, and the accuracy: how often the preferred response
+    scores: (B, K). wins: (B, K, K), see above. The model reads each of the K responses once, for
+    all its pairs, as in InstructGPT (Ouyang et al. 2022, arXiv:2203.02155).
+    Returns the mean loss over the judged pairs, and the accuracy: how often the preferred response
     has the higher score.
     """
     margins = scores[:, :, None] - scores[:, None, :]  # (B, K, K)
@@ -501,7 +511,7 @@ def sample_labels(policy, prompts, targets, annotator_temperature):
     The annotator says so with probability σ((R - ½) / τ).
     Returns prompts (N, P), responses (N, 1, R) and labels (N, 1), true where a response is good.
     """
-    responses = torch.cat([generate(policy, chunk, 1.0) for chunk in prompts.split(256)])
+    responses = sample_responses(policy, prompts)
     logits = (get_scores(targets, responses) - 0.5) / annotator_temperature  # (N,)
     labels = torch.rand_like(logits) < logits.sigmoid()
     return prompts, responses[:, None], labels[:, None]
@@ -544,8 +554,7 @@ def sample_demonstrations(policy, reference, prompts, targets, annotator_tempera
         turns += 1
         if turns > 10_000:
             fail("--learn-from demonstrations: too few are good; raise --annotator-temperature")
-        chunks = prompts[missing].split(256)
-        responses = torch.cat([generate(reference, chunk, 1.0) for chunk in chunks])
+        responses = sample_responses(reference, prompts[missing])
         rewards = get_scores(targets[missing], responses)
         if rewards.max() > 1:
             fail("--learn-from demonstrations: no reward may exceed 1")
@@ -553,8 +562,7 @@ def sample_demonstrations(policy, reference, prompts, targets, annotator_tempera
         demonstrations[missing[accepted]] = responses[accepted]
         missing = missing[~accepted]
 
-    repeated = prompts.repeat_interleave(num_samples, 0)  # (N · M, P)
-    samples = torch.cat([generate(policy, chunk, 1.0) for chunk in repeated.split(256)])
+    samples = sample_responses(policy, prompts.repeat_interleave(num_samples, 0))  # (N · M, R)
     samples = samples.view(len(prompts), num_samples, RESPONSE_LENGTH)
     candidates = torch.cat([demonstrations[:, None], samples], 1)
 
@@ -568,9 +576,9 @@ def sample_demonstrations(policy, reference, prompts, targets, annotator_tempera
 def demonstration_loss(scores, log_weights):
     """Ranking NCE: -log of the probability that the first candidate is the demonstration.
 
-    scores, log_weights: (B, 1 + M). The minimum is at R/τ, plus any constant per prompt, for every
-    M, because the softmax also includes the demonstration. With only samples there, the scores
-    would grow too large.
+    scores, log_weights: (B, 1 + M). The probabilities are softmax(scores + log_weights). Because
+    the softmax includes the demonstration, the minimum is at R/τ, plus any constant per prompt, for
+    every M. Over the samples alone, the scores would grow too large.
     Returns the mean loss and the accuracy: how often the demonstration has a higher score than
     a sample.
     """
@@ -582,30 +590,30 @@ def demonstration_loss(scores, log_weights):
 # ---------------------------------------------------------------------------- Evaluation
 @torch.no_grad()
 def normalise(members, prompts, responses):
-    """Shift and scale the scores to mean 0 and standard deviation 1 on these responses.
+    """Give the ensemble's mean score mean 0 and standard deviation 1 on these responses.
 
     The shift does not change the optimal policy. The scale makes one --kl-coef of ppo.py or grpo.py
     mean about the same for every reward model; only about, as the constants per prompt add to the
     standard deviation. The members share one scale, since all estimate the same R/τ.
     """
-    scores = torch.stack([response_scores(gpt, prompts, responses) for gpt in members])  # (K, B)
+    scores = torch.stack([response_scores(gpt, prompts, responses) for gpt in members])  # (E, B)
     std = scores.mean(0).std(correction=0)
     if std < 1e-6:  # every response has the same score
         std = torch.ones_like(std)
-    for gpt, member_scores in zip(members, scores, strict=True):
+    for gpt, mean in zip(members, scores.mean(1), strict=True):
         gpt.head.weight /= std
-        gpt.head.bias.copy_((gpt.head.bias - member_scores.mean()) / std)
+        gpt.head.bias.copy_((gpt.head.bias - mean) / std)
 
 
 @torch.no_grad()
 def evaluate_scores(reward_model, policy, prompts, targets, annotator_temperature):
     """Compare scores with the annotator and with the true reward, on 16 sampled pairs per prompt.
 
-    accuracy: how often the simulated annotator prefers the response with the higher score, with its
-    standard error (treating the pairs as independent). bayes_accuracy: the same for the true
-    reward; no scores can do better. deviation: standard deviation over the ensemble of a pair's
-    margin (difference of scores). Pairs of identical responses do not count. correlation: of scores
-    and true rewards over all prompts; the constants per prompt, which mean nothing, lower it.
+    accuracy: probability that the simulated annotator prefers the response with the higher score,
+    and its standard error (treating the pairs as independent). bayes_accuracy: the same for the
+    true reward; no scores can do better. deviation: standard deviation over the ensemble of a
+    pair's margin (difference of scores). Pairs of identical responses do not count. correlation: of
+    scores and true rewards over all prompts; the meaningless constants per prompt lower it.
     """
     correct = []
     bayes_correct = []
@@ -629,7 +637,7 @@ def evaluate_scores(reward_model, policy, prompts, targets, annotator_temperatur
         correct.append((choice * prob_first + (1 - choice) * (1 - prob_first))[different])
         bayes_correct.append(torch.maximum(prob_first, 1 - prob_first)[different])
 
-        first_member_scores = reward_model.member_scores(prompts[rows], first)  # (K, B)
+        first_member_scores = reward_model.member_scores(prompts[rows], first)  # (E, B)
         second_member_scores = reward_model.member_scores(prompts[rows], second)
         margins = first_member_scores - second_member_scores  # without the prompt's constant
         deviation.append(margins.std(0, correction=0)[different])
@@ -750,7 +758,7 @@ def main(args):
         annotate(policy, train_prompts, args.preferences, args.annotate)
         return {}
 
-    # 1. Feedback. An example is a prompt, K responses to it and what the annotator said of them.
+    # 1. Feedback. An example is a prompt, K responses to it, and their wins, label or log_weights.
     rows = torch.randint(len(train_prompts), (args.num_examples,), device=device)
     prompts = train_prompts[rows]
     targets = train_targets[rows]
@@ -787,13 +795,12 @@ def main(args):
     examples_seen = 0
     num_steps = args.epochs * math.ceil(num_examples / args.minibatch_size)
     warmup = max(1, num_steps // 10)
+    log_interval = max(1, num_steps * args.ensemble_size // 20)
     for number, gpt in enumerate(reward_model.members):
         # Start from the reference's weights with a new head. Ensemble members differ in the
         # head's initialisation, the data order and the bootstrap sample.
-        weights = reference.state_dict()
-        weights["head.weight"] = gpt.head.weight
-        weights["head.bias"] = gpt.head.bias
-        gpt.load_state_dict(weights)
+        own_head = {"head.weight": gpt.head.weight, "head.bias": gpt.head.bias}
+        gpt.load_state_dict({**reference.state_dict(), **own_head})
         parameters = [*gpt.parameters()]
         optimizer = torch.optim.AdamW(
             parameters, betas=(0.9, 0.99), weight_decay=args.weight_decay, fused=True
@@ -839,7 +846,6 @@ def main(args):
                 examples_seen += len(rows)
 
                 # 3. Log, about twenty times.
-                log_interval = max(1, num_steps * args.ensemble_size // 20)
                 if step % log_interval != 0 and step < num_steps:
                     continue
                 if not grad_norm.isfinite():
