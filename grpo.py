@@ -504,7 +504,8 @@ def save(path, contents):
     try:
         torch.save(contents, part)
     except (OSError, RuntimeError) as error:  # a full disk, a folder that is gone
-        part.unlink(missing_ok=True)
+        if os.path.exists(part):
+            os.remove(part)
         return f"--save-path {path} cannot be written ({error})"
     try:
         os.replace(part, path)

@@ -101,7 +101,10 @@ def check_args(args):
         (0 <= args.gamma <= 1, f"--gamma {args.gamma} must be between 0 and 1"),
         (0 <= args.vf_coef < 1e6, f"--vf-coef {args.vf_coef} must be in [0, 1e6)"),
         (0 <= args.ent_coef < 1e6, f"--ent-coef {args.ent_coef} must be in [0, 1e6)"),
-        (1e-6 < args.rwr_temperature < 1e6, "--rwr-temperature must be in (1e-6, 1e6)"),
+        (
+            1e-6 < args.rwr_temperature < 1e6,
+            f"--rwr-temperature {args.rwr_temperature} must be in (1e-6, 1e6)",
+        ),
         (0 < args.rwr_top_fraction <= 1, "--rwr-top-fraction must be in (0, 1]"),
     ]
     if args.save_path is not None:
@@ -393,7 +396,8 @@ def save(path, contents):
     try:
         torch.save(contents, part)
     except (OSError, RuntimeError) as error:  # a full disk, a folder that is gone
-        part.unlink(missing_ok=True)
+        if os.path.exists(part):
+            os.remove(part)
         return f"--save-path {path} cannot be written ({error})"
     try:
         os.replace(part, path)

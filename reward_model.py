@@ -33,6 +33,8 @@ replace the sections "Task" and "Model".
     python ppo.py --reward-model rm.pt          # maximise it: held-out success 0.59 -> 0.99
     python reward_model.py --annotate 50 --preferences mine.jsonl    # judge 50 pairs yourself
     python reward_model.py --preferences mine.jsonl                  # learn from them
+
+A line of the file: {"prompt": "433", "chosen": "73", "rejected": "11"}; a tie also has "tie": true.
 """
 
 # /// script
@@ -108,17 +110,23 @@ def check_args(args):
         (args.sft_steps >= 0, f"--sft-steps {args.sft_steps} must be 0 or more"),
         (args.num_examples >= 1, f"--num-examples {args.num_examples} must be at least 1"),
         (args.num_samples >= 1, f"--num-samples {args.num_samples} must be at least 1"),
-        (1e-6 < args.annotator_temperature < 1e6, "--annotator-temperature must be in (1e-6, 1e6)"),
+        (
+            1e-6 < args.annotator_temperature < 1e6,
+            f"--annotator-temperature {args.annotator_temperature} must be in (1e-6, 1e6)",
+        ),
         (args.epochs >= 1, f"--epochs {args.epochs} must be at least 1"),
         (args.minibatch_size >= 1, f"--minibatch-size {args.minibatch_size} must be at least 1"),
         (0 < args.learning_rate < 1, f"--learning-rate {args.learning_rate} must be in (0, 1)"),
         (0 < args.max_grad_norm < 1e6, f"--max-grad-norm {args.max_grad_norm} must be in (0, 1e6)"),
         (0 <= args.weight_decay < 1e3, f"--weight-decay {args.weight_decay} must be in [0, 1000)"),
         (args.ensemble_size >= 1, f"--ensemble-size {args.ensemble_size} must be at least 1"),
-        (0 <= args.uncertainty_coef < 1e6, "--uncertainty-coef must be in [0, 1e6)"),
+        (
+            0 <= args.uncertainty_coef < 1e6,
+            f"--uncertainty-coef {args.uncertainty_coef} must be in [0, 1e6)",
+        ),
     ]
     if args.learn_from == "preferences":
-        rules.append((args.num_samples >= 2, "--num-samples 1: there would be nothing to compare"))
+        rules.append((args.num_samples >= 2, "--num-samples 1: to compare, use 2 or more"))
     if args.save_path is not None:
         save_path = Path(args.save_path)  # may be a str, if main is called from Python
         writable = is_writable(save_path.parent)
@@ -725,7 +733,8 @@ def save(path, contents):
     try:
         torch.save(contents, part)
     except (OSError, RuntimeError) as error:  # a full disk, a folder that is gone
-        part.unlink(missing_ok=True)
+        if os.path.exists(part):
+            os.remove(part)
         return f"--save-path {path} cannot be written ({error})"
     try:
         os.replace(part, path)
@@ -776,8 +785,10 @@ def main(args):
             policy, reference, prompts, targets, args.annotator_temperature, args.num_samples
         )
     num_examples = len(examples[0])
-    if args.learn_from == "preferences" and examples[2].sum() == 0:
-        fail("no two responses to a prompt differ, so there is nothing to compare")
+    if args.learn_from == "preferences":
+        wins = examples[2]
+        if torch.equal(wins, wins.transpose(1, 2)):  # only ties or identical responses
+            fail("--learn-from preferences: no response is preferred to another")
 
     reward_model = RewardModel(args.ensemble_size, args.uncertainty_coef).to(device)
     reward_model.reference.load_state_dict(reference.state_dict())

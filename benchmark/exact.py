@@ -312,6 +312,7 @@ def evaluate_reward_model(reward_model, reference, prompts, targets, annotator_t
 def evaluate_file(path):
     """Exact metrics of a file saved by one of the scripts, on the held-out prompts."""
     saved = torch.load(path, map_location="cpu", weights_only=True)
+    torch.manual_seed(1)  # with --uncertainty-coef, a reward model samples
     if "policy" in saved:
         return evaluate_policy(saved)
     _, _, prompts, targets = make_prompts("cpu")

@@ -27,6 +27,7 @@ import reward_model
 EOS = 10
 PROMPT = (4, 3, 3)
 GOOD = '{"prompt": "433", "chosen": "73", "rejected": "11"}'
+TIE = '{"prompt": "433", "chosen": "73", "rejected": "11", "tie": true}'
 
 
 def float64(*values):
@@ -1108,14 +1109,15 @@ def write_pairs(prompts, line=GOOD):
 
 def test_pairs_of_a_file_are_learned_from_but_not_those_of_held_out_prompts(monkeypatch, capsys):
     train_prompts, _, test_prompts, _ = reward_model.make_prompts("cpu")
-    tie = GOOD[:-1] + ', "tie": true}'
-    write_pairs([*train_prompts[:6].tolist(), *test_prompts[:3].tolist()], tie)
+    write_pairs([*train_prompts[:6].tolist(), *test_prompts[:3].tolist()], TIE)
+    with Path("pairs.jsonl").open("a") as file:
+        file.write("\n" + GOOD)  # 433 is a training prompt
     losses = programs.spy(monkeypatch, reward_model, "preference_loss")
     run(**FROM_FILE)
     ((scores, wins), _, _) = losses[0]
     assert len(losses) == 1
-    assert scores.shape == (6, 2)
-    assert wins.tolist() == [[[0, 0.5], [0.5, 0]]] * 6
+    assert scores.shape == (7, 2)
+    assert sorted(wins.tolist()) == [[[0, 0.5], [0.5, 0]]] * 6 + [[[0, 1], [0, 0]]]
     assert "3 with held-out prompts" in capsys.readouterr().out
 
 
@@ -1136,6 +1138,17 @@ def test_files_with_nothing_to_learn_from_are_refused(content, capsys, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} <= {"pairs.jsonl"}
 
 
+def test_nothing_but_ties_is_refused(capsys, tmp_path):
+    """The scores would be noise, which normalisation would scale up to a deviation of 1."""
+    Path("pairs.jsonl").write_text((TIE + "\n") * 4)
+    with pytest.raises(SystemExit) as stop:
+        run(**FROM_FILE)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert "no response is preferred to another" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
+
+
 def test_a_policy_that_always_writes_the_same_is_refused(monkeypatch, capsys):
     def same(policy, prompts, temperature):
         return torch.tensor([[1, 2, EOS]]).repeat(len(prompts), 1)
@@ -1144,7 +1157,7 @@ def test_a_policy_that_always_writes_the_same_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         run()
     assert stop.value.code == 2
-    assert "no two responses to a prompt differ" in capsys.readouterr().err
+    assert "no response is preferred to another" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------- Flags

@@ -304,6 +304,14 @@ def test_a_full_disk_leaves_no_part(script, monkeypatch, tmp_path, capsys):
     assert "held-out" in printed and list(tmp_path.iterdir()) == []
 
 
+@each_script
+def test_a_name_that_is_too_long_ends_with_the_result_and_one_line(script, tmp_path, capsys):
+    """The name of the part is longer than that of the file, which the flags' check lets pass."""
+    printed, error = ended(script, capsys, save_path=Path("x" * 250))
+    assert "held-out" in printed and "--save-path" in error and "too long" in error
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_copy_under_another_name_makes_files_that_the_others_read(tmp_path):
     copy = tmp_path / "my_rm.py"
     shutil.copy(programs.ROOT / "reward_model.py", copy)
