@@ -20,12 +20,13 @@ REWARD_MODEL = (
     " --ensemble-size 5 --save-path rm.pt"
 )
 PPO = "ppo.py --reward-model ../rm.pt --total-episodes 15360 --learning-rate 5e-4"
+TEN_SEEDS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
 CURVES = {"kl": "charts/kl", "learned": "charts/score", "true": "charts/true_score"}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--seeds", type=int, nargs="+", default=TEN_SEEDS)
     parser.add_argument("--uncertainty-coefs", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--kl-coefs", type=float, nargs="+", default=[0.0, 0.1, 0.3, 1.0])
     parser.add_argument("--points", type=int, default=12, help="points on each path")
