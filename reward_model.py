@@ -682,16 +682,21 @@ def annotate(policy, prompts, path, number):
         fail("--annotate: the standard input is closed, so nobody can answer")
     try:
         text = path.read_bytes().decode("utf-8-sig") if path.exists() else ""
-        lines = [line for line in text.split("\n") if line.strip()]
-        for line in lines:
-            parse_preference(line)  # raises ValueError on a bad one
         file = path.open("a", encoding="utf-8")
-    except (OSError, ValueError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         fail(f"--preferences {path}: cannot be continued ({error})")
+    count = 0
+    for line_number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            parse_preference(line)
+        except ValueError as error:
+            fail(f"--preferences {path}: line {line_number}: {error}")
+        count += 1
     if text and not text.endswith("\n"):
         file.write("\n")
 
-    count = len(lines)
     torch.manual_seed(torch.initial_seed() + count)  # do not repeat the pairs already judged
     print(f"{path} has {count} of {number} pairs. {INSTRUCTIONS}")
     num_identical = 0

@@ -685,6 +685,14 @@ def test_a_file_that_holds_something_else_is_not_added_to(content, monkeypatch, 
     assert Path("mine.jsonl").read_bytes() == content
 
 
+def test_judging_names_the_line_that_is_bad(capsys):
+    Path("mine.jsonl").write_text(GOOD + "\n\n" + GOOD[:-1] + "\n")
+    with pytest.raises(SystemExit):
+        run(annotate=3, **MINE)
+    error = capsys.readouterr().err
+    assert error == "error: --preferences mine.jsonl: line 3: is not JSON\n"
+
+
 def test_a_read_only_file_is_refused_in_one_line(monkeypatch, capsys):
     Path("mine.jsonl").write_text(GOOD + "\n")
     path_open = Path.open
