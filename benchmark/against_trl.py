@@ -236,22 +236,26 @@ def make_job(method, seed, start, steps=None, one_step=False, from_file=False):
     return job
 
 
-def sample_pairs(start, number, annotator_temperature, seed):
-    """Preference pairs as dpo.py samples them: prompts, chosen, rejected, as lists of tokens."""
+def draw_prompts(number, seed):
+    """Training prompts, drawn at random, and their targets. Sets the seed of what follows, too."""
     torch.manual_seed(seed)
     prompts, targets, _, _ = dpo.make_prompts("cpu")
     rows = torch.randint(len(prompts), (number,))
-    pairs = dpo.sample_preferences(start, prompts[rows], targets[rows], annotator_temperature)
+    return prompts[rows], targets[rows]
+
+
+def sample_pairs(start, number, annotator_temperature, seed):
+    """Preference pairs as dpo.py samples them: prompts, chosen, rejected, as lists of tokens."""
+    prompts, targets = draw_prompts(number, seed)
+    pairs = dpo.sample_preferences(start, prompts, targets, annotator_temperature)
     return tuple(column.tolist() for column in pairs[:3])
 
 
 def sample_comparisons(start, number, args, seed):
     """Comparisons as reward_model.py samples them: prompts, responses to each, and which won."""
-    torch.manual_seed(seed)
-    prompts, targets, _, _ = dpo.make_prompts("cpu")
-    rows = torch.randint(len(prompts), (number,))
+    prompts, targets = draw_prompts(number, seed)
     return reward_model.sample_comparisons(
-        start, prompts[rows], targets[rows], args.annotator_temperature, args.num_samples
+        start, prompts, targets, args.annotator_temperature, args.num_samples
     )
 
 

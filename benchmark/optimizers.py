@@ -27,7 +27,7 @@ from unittest import mock
 
 import torch
 from exact import all_responses, evaluate, evaluate_file, response_logprobs, response_table
-from run import RESULTS, load_results, machine, save_results
+from run import RESULTS, TEN_SEEDS, load_results, machine, save_results
 
 import grpo
 import ppo
@@ -36,7 +36,6 @@ import reinforce
 SCRIPTS = {"reinforce.py": reinforce, "ppo.py": ppo, "grpo.py": grpo}
 # With Muon. For the seconds of AdamW with the default number, as the table shows.
 MUON_EPISODES = {"reinforce.py": 149_760, "ppo.py": 97_024, "grpo.py": 88_064}
-TEN_SEEDS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
 OPTIMIZERS = ["adamw", "muon"]
 AdamW = torch.optim.AdamW
 

@@ -13,14 +13,22 @@ import os
 import tempfile
 from pathlib import Path
 
-from run import RESULTS, average_points, child_seconds, execute, machine, read_scalars, run_folder
+from run import (
+    RESULTS,
+    TEN_SEEDS,
+    average_points,
+    child_seconds,
+    execute,
+    machine,
+    read_scalars,
+    run_folder,
+)
 
 REWARD_MODEL = (
     "reward_model.py --num-examples 1024 --num-samples 2 --epochs 6 --minibatch-size 8"
     " --ensemble-size 5 --save-path rm.pt"
 )
 PPO = "ppo.py --reward-model ../rm.pt --total-episodes 15360 --learning-rate 5e-4"
-TEN_SEEDS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
 CURVES = {"kl": "charts/kl", "learned": "charts/score", "true": "charts/true_score"}
 
 

@@ -32,6 +32,7 @@ from report import largest_fall
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmark" / "results"
 FIVE_SEEDS = [1, 2, 3, 4, 5]
+TEN_SEEDS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
 COMMANDS = {  # and their seeds
     "reinforce.py": FIVE_SEEDS,
     "ppo.py": FIVE_SEEDS,
@@ -41,7 +42,7 @@ COMMANDS = {  # and their seeds
     "reward_model.py": FIVE_SEEDS,
     "reward_model.py --learn-from labels": FIVE_SEEDS,
     "reward_model.py --learn-from demonstrations": FIVE_SEEDS,
-    "digits_sum20.py": [1, 2, 3, 4, 5, 6, 7, 8, 9, 10],
+    "digits_sum20.py": TEN_SEEDS,
     "gpt2_sentiment.py": [1, 2, 3],
 }
 # Scripts whose saved file exact.py can evaluate.
