@@ -108,13 +108,12 @@ def check_args(args):
         (0 <= args.ent_coef < 1e6, f"--ent-coef {args.ent_coef} must be in [0, 1e6)"),
     ]
     if args.save_path is not None:
-        save_path = Path(args.save_path)  # may be a str, if main is called from Python
-        writable = is_writable(save_path.parent)
-        free = save_path.is_file() or not os.path.lexists(save_path)
-        rules.append((writable, f"--save-path {save_path}: its folder is missing or not writable"))
-        rules.append((free, f"--save-path {save_path} exists and is not a file; choose another"))
+        save_path = Path(os.path.realpath(args.save_path))
+        is_file = save_path.is_file() or not os.path.lexists(save_path)  # an old or a new one
+        valid = is_file and is_writable(save_path.parent)
+        rules.append((valid, f"--save-path {args.save_path} must be a file in a writable folder"))
         if args.reward_model is not None:
-            new = save_path.resolve() != Path(args.reward_model).resolve()
+            new = str(save_path) != os.path.realpath(args.reward_model)
             rules.append((new, "--save-path would overwrite --reward-model; choose another file"))
     if args.dual_clip is not None:
         valid = 1 < args.dual_clip < 1e6
@@ -264,10 +263,8 @@ def load_reward_model(path, device):
             raise ValueError
         if not 0 <= reward_model.uncertainty_coef < 1e6:
             raise ValueError
-    except OSError as error:
-        fail(f"--reward-model {path}: cannot be read ({error})")
     except Exception as error:  # a file can be wrong in any number of ways
-        reason = f"not saved by reward_model.py, or damaged ({type(error).__name__})"
+        reason = f"missing, damaged, or not saved by reward_model.py ({type(error).__name__})"
         fail(f"--reward-model {path}: {reason}")
     return reward_model.to(device).requires_grad_(False)
 
@@ -460,20 +457,15 @@ def value_loss(values, old_values, returns, mask, value_clip):
 
 # ---------------------------------------------------------------------------- Training
 def save(path, contents):
-    """Write a file atomically. Returns None, or an error message."""
-    path = Path(path).resolve()  # write through a link, do not replace it
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    """Write a file atomically: all of it or nothing. Raises OSError."""
+    path = os.path.realpath(path)  # write through a link, do not replace it
+    part = Path(f"{path}.{os.getpid()}.part")
     try:
         torch.save(contents, part)
-    except (OSError, RuntimeError) as error:  # a full disk, a folder that is gone
-        if os.path.exists(part):
-            os.remove(part)
-        return f"--save-path {path} cannot be written ({error})"
-    try:
-        os.replace(part, path)
-    except OSError as error:
-        return f"--save-path {path} cannot be written ({error}); the weights are in {part}"
-    return None
+    except (OSError, RuntimeError) as error:  # a full disk, for example
+        part.unlink(missing_ok=True)
+        raise OSError(f"--save-path {path} cannot be written ({error})") from None
+    os.replace(part, path)  # if this fails, the error names both, and part stays
 
 
 def main(args):
@@ -621,23 +613,22 @@ def main(args):
 
     # Evaluate on the held-out prompts. Save before printing: a closed pipe makes print fail.
     after = evaluate(policy, reference, test_prompts, test_targets, args.temperature)
-    save_error = None
-    if args.save_path is not None:
-        flags = {flag: str(value) for flag, value in asdict(args).items()}
-        weights = {"policy": policy.state_dict(), "reference": reference.state_dict()}
-        save_error = save(args.save_path, {"args": flags, **weights})
+    try:
+        if args.save_path is not None:
+            flags = {flag: str(value) for flag, value in asdict(args).items()}
+            weights = {"policy": policy.state_dict(), "reference": reference.state_dict()}
+            save(args.save_path, {"args": flags, **weights})
+    finally:  # print even if saving fails
+        print(
+            f"held-out success {before['success']:.3f} -> {after['success']:.3f} "
+            f"± {after['success_error']:.3f}  KL {after['kl']:.3f} ± {after['kl_error']:.3f}  "
+            f"{time.time() - start_time:.1f} s"
+        )
     if writer:
         for name in after:
             writer.add_scalar(f"eval/{name}", before[name], 0)
             writer.add_scalar(f"eval/{name}", after[name], episodes)
         writer.close()
-    print(
-        f"held-out success {before['success']:.3f} -> {after['success']:.3f} "
-        f"± {after['success_error']:.3f}  KL {after['kl']:.3f} ± {after['kl_error']:.3f}  "
-        f"{time.time() - start_time:.1f} s"
-    )
-    if save_error is not None:
-        fail(save_error)
     return {"success_before": before["success"], **after}
 
 

@@ -128,16 +128,15 @@ def check_args(args):
     if args.learn_from == "preferences":
         rules.append((args.num_samples >= 2, "--num-samples 1: to compare, use 2 or more"))
     if args.save_path is not None:
-        save_path = Path(args.save_path)  # may be a str, if main is called from Python
-        writable = is_writable(save_path.parent)
-        free = save_path.is_file() or not os.path.lexists(save_path)
-        rules.append((writable, f"--save-path {save_path}: its folder is missing or not writable"))
-        rules.append((free, f"--save-path {save_path} exists and is not a file; choose another"))
+        save_path = Path(os.path.realpath(args.save_path))
+        is_file = save_path.is_file() or not os.path.lexists(save_path)  # an old or a new one
+        valid = is_file and is_writable(save_path.parent)
+        rules.append((valid, f"--save-path {args.save_path} must be a file in a writable folder"))
         if args.preferences is not None:
-            new = save_path.resolve() != Path(args.preferences).resolve()
+            new = str(save_path) != os.path.realpath(args.preferences)
             rules.append((new, "--save-path would overwrite --preferences; choose another file"))
         if args.policy is not None:
-            new = save_path.resolve() != Path(args.policy).resolve()
+            new = str(save_path) != os.path.realpath(args.policy)
             rules.append((new, "--save-path would overwrite --policy; choose another file"))
     if args.annotate is not None:
         rules.append((args.annotate >= 1, f"--annotate {args.annotate} must be at least 1"))
@@ -408,10 +407,8 @@ def load_policy(path, device):
         for weight in [*policy.parameters(), *reference.parameters()]:
             if not weight.isfinite().all():
                 raise ValueError
-    except OSError as error:
-        fail(f"--policy {path}: cannot be read ({error})")
     except Exception as error:  # a file can be wrong in any number of ways
-        reason = f"no policy and reference in it, or damaged ({type(error).__name__})"
+        reason = f"missing, damaged, or without policy and reference ({type(error).__name__})"
         fail(f"--policy {path}: {reason}")
     return policy, reference
 
@@ -732,20 +729,15 @@ def annotate(policy, prompts, path, number):
 
 # ---------------------------------------------------------------------------- Training
 def save(path, contents):
-    """Write a file atomically. Returns None, or an error message."""
-    path = Path(path).resolve()  # write through a link, do not replace it
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    """Write a file atomically: all of it or nothing. Raises OSError."""
+    path = os.path.realpath(path)  # write through a link, do not replace it
+    part = Path(f"{path}.{os.getpid()}.part")
     try:
         torch.save(contents, part)
-    except (OSError, RuntimeError) as error:  # a full disk, a folder that is gone
-        if os.path.exists(part):
-            os.remove(part)
-        return f"--save-path {path} cannot be written ({error})"
-    try:
-        os.replace(part, path)
-    except OSError as error:
-        return f"--save-path {path} cannot be written ({error}); the weights are in {part}"
-    return None
+    except (OSError, RuntimeError) as error:  # a full disk, for example
+        part.unlink(missing_ok=True)
+        raise OSError(f"--save-path {path} cannot be written ({error})") from None
+    os.replace(part, path)  # if this fails, the error names both, and part stays
 
 
 def main(args):
@@ -895,27 +887,26 @@ def main(args):
     results = evaluate_scores(
         reward_model, policy, test_prompts, test_targets, args.annotator_temperature
     )
-    save_error = None
-    if args.save_path is not None:
-        flags = {flag: str(value) for flag, value in asdict(args).items()}
-        weights = {
-            "members": [gpt.state_dict() for gpt in reward_model.members],
-            "uncertainty_coef": args.uncertainty_coef,
-            "reference": reference.state_dict(),
-        }
-        save_error = save(args.save_path, {"args": flags, **weights})
+    try:
+        if args.save_path is not None:
+            flags = {flag: str(value) for flag, value in asdict(args).items()}
+            weights = {
+                "members": [gpt.state_dict() for gpt in reward_model.members],
+                "uncertainty_coef": args.uncertainty_coef,
+                "reference": reference.state_dict(),
+            }
+            save(args.save_path, {"args": flags, **weights})
+    finally:  # print even if saving fails
+        print(
+            f"held-out pair accuracy {results['accuracy']:.3f} ± {results['accuracy_error']:.3f}  "
+            f"Bayes accuracy {results['bayes_accuracy']:.3f}  "
+            f"correlation {results['correlation']:.3f}  deviation {results['deviation']:.3f}  "
+            f"{time.time() - start_time:.1f} s"
+        )
     if writer:
         for name in results:
             writer.add_scalar(f"eval/{name}", results[name], examples_seen)
         writer.close()
-    print(
-        f"held-out pair accuracy {results['accuracy']:.3f} ± {results['accuracy_error']:.3f}  "
-        f"Bayes accuracy {results['bayes_accuracy']:.3f}  "
-        f"correlation {results['correlation']:.3f}  deviation {results['deviation']:.3f}  "
-        f"{time.time() - start_time:.1f} s"
-    )
-    if save_error is not None:
-        fail(save_error)
     return results
 
 

@@ -48,19 +48,13 @@ def few(script, **flags):
     return script.Args(**values | flags)
 
 
-def ended(script, capsys, **flags):
-    """What a run prints, and the one line with which it ends."""
+def refused(script, capsys, **flags):
+    """The one line with which a run ends."""
     with pytest.raises(SystemExit) as stop:
         script.main(few(script, **flags))
     assert stop.value.code == 2
-    printed, error = capsys.readouterr()
+    error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
-    return printed, error
-
-
-def refused(script, capsys, **flags):
-    """The one line with which a run ends."""
-    _, error = ended(script, capsys, **flags)
     return error
 
 
@@ -225,9 +219,11 @@ def test_paths_may_be_strings(script, tmp_path):
 
 
 @each_script
-def test_a_link_is_followed_and_stays(script, tmp_path):
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_is_followed_and_stays(script, exists, tmp_path):
     (tmp_path / "far").mkdir()
-    (tmp_path / "far" / "saved.pt").write_text("old")
+    if exists:
+        (tmp_path / "far" / "saved.pt").write_text("old")
     (tmp_path / "link.pt").symlink_to(tmp_path / "far" / "saved.pt")
     script.main(few(script, save_path=tmp_path / "link.pt"))
     assert (tmp_path / "link.pt").is_symlink()
@@ -236,15 +232,17 @@ def test_a_link_is_followed_and_stays(script, tmp_path):
 
 
 @each_script
-@pytest.mark.parametrize("kind", ["folder", "pipe", "dangling link"])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link to itself", "link to nowhere"])
 def test_what_is_not_a_file_is_never_replaced(script, kind, tmp_path, capsys):
     path = tmp_path / "there"
     if kind == "folder":
         path.mkdir()
     elif kind == "pipe":
         os.mkfifo(path)
+    elif kind == "link to itself":
+        path.symlink_to(path)
     else:
-        path.symlink_to(tmp_path / "nowhere")
+        path.symlink_to(tmp_path / "nowhere" / "saved.pt")
     assert "--save-path" in refused(script, capsys, save_path=path)
     assert [path] == list(tmp_path.iterdir())
 
@@ -270,13 +268,18 @@ def test_an_input_is_never_overwritten(script, flag, tmp_path, capsys):
 
 @each_script
 def test_if_the_file_cannot_get_its_name_the_weights_stay(script, monkeypatch, tmp_path, capsys):
-    def broken(*_):
-        raise OSError("the folder is gone")
+    save = torch.save
 
-    monkeypatch.setattr(os, "replace", broken)
-    error = refused(script, capsys, save_path=Path("saved.pt"))
-    (part,) = tmp_path.iterdir()
-    assert "the folder is gone" in error and str(part) in error
+    def obstructed(contents, path):
+        save(contents, path)
+        Path("saved.pt").mkdir()
+
+    monkeypatch.setattr(torch, "save", obstructed)
+    with pytest.raises(OSError) as error:
+        script.main(few(script, save_path=Path("saved.pt")))
+    assert "held-out" in capsys.readouterr().out
+    (part,) = tmp_path.glob("*.part")
+    assert str(part) in str(error.value)
     torch.load(part, weights_only=True)
 
 
@@ -299,17 +302,24 @@ def test_a_full_disk_leaves_no_part(script, monkeypatch, tmp_path, capsys):
         raise RuntimeError("no space left")
 
     monkeypatch.setattr(torch, "save", broken)
-    printed, error = ended(script, capsys, save_path=Path("saved.pt"))
-    assert "no space left" in error
-    assert "held-out" in printed and list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError, match=r"--save-path .*no space left"):
+        script.main(few(script, save_path=Path("saved.pt")))
+    assert "held-out" in capsys.readouterr().out and list(tmp_path.iterdir()) == []
 
 
 @each_script
 def test_a_name_that_is_too_long_ends_with_the_result_and_one_line(script, tmp_path, capsys):
     """The name of the part is longer than that of the file, which the flags' check lets pass."""
-    printed, error = ended(script, capsys, save_path=Path("x" * 250))
-    assert "held-out" in printed and "--save-path" in error and "too long" in error
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError, match="too long"):
+        script.main(few(script, save_path=Path("x" * 250)))
+    assert "held-out" in capsys.readouterr().out and list(tmp_path.iterdir()) == []
+
+
+def test_where_saving_fails_a_run_ends_with_the_result_and_one_line():
+    words = "--sft-steps 2 --no-tensorboard --total-episodes 256 --save-path".split()
+    done = command(ppo, *words, "x" * 250, text=True)
+    assert done.returncode == 2 and "held-out" in done.stdout
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 def test_a_copy_under_another_name_makes_files_that_the_others_read(tmp_path):
@@ -411,12 +421,12 @@ def test_without_a_keyboard_nothing_is_asked(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("script", [ppo, grpo], ids=["ppo", "grpo"])
 def test_a_missing_reward_model_is_said_to_be_missing(script, capsys):
     error = refused(script, capsys, reward_model=Path("nowhere.pt"))
-    assert "--reward-model nowhere.pt" in error and "No such file" in error
+    assert "--reward-model nowhere.pt: missing" in error
 
 
 def test_a_missing_policy_is_said_to_be_missing(capsys):
     error = refused(reward_model, capsys, policy=Path("nowhere.pt"), sft_steps=100)
-    assert "--policy nowhere.pt" in error and "No such file" in error
+    assert "--policy nowhere.pt: missing" in error
 
 
 def ask(answers, policy):
