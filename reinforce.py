@@ -353,14 +353,14 @@ def returns_to_go(rewards, mask, gamma):
 
 
 def leave_one_out_mean(returns, group_size):
-    """For each response, the mean return of the others in its group. (B,) to (B,)
+    """For each response, the mean return of the others in its group. (B, 1) or (B, R)
 
     A response's own return is left out: with the mean of the whole group (G responses) and γ = 1
     the expected gradient would shrink to (G - 1) / G of what it should be.
     """
-    groups = returns.view(-1, group_size)
+    groups = returns.unflatten(0, (-1, group_size))
     others = groups.sum(1, keepdim=True) - groups
-    return others.flatten() / (group_size - 1)
+    return others.flatten(0, 1) / (group_size - 1)
 
 
 def reinforce_loss(logprobs, advantages, mask):
@@ -471,15 +471,18 @@ def main(args):
         else:
             rewards = torch.where(mask, token_scores - args.kl_coef * kl, 0.0)
         returns = returns_to_go(rewards, mask, args.gamma)
+        compared = returns[:, :1]  # (B, 1): one baseline for all tokens of a response
+        if args.reward == "process":
+            compared = returns  # (B, R): one per position, since part of the reward is paid earlier
         if args.baseline == "none" or args.objective == "rwr":
             baseline = 0.0
         elif args.baseline == "batch-mean":  # of all other responses
-            baseline = leave_one_out_mean(returns[:, 0], args.batch_size)[:, None]
+            baseline = leave_one_out_mean(compared, args.batch_size)
         elif args.baseline == "running-mean":  # of the rollouts before this one
             baseline = running_mean
-            running_mean = 0.9 * running_mean + 0.1 * returns[:, 0].mean()
+            running_mean = 0.9 * running_mean + 0.1 * compared.mean(0)
         elif args.baseline == "leave-one-out":  # of the other responses to the same prompt
-            baseline = leave_one_out_mean(returns[:, 0], args.group_size)[:, None]
+            baseline = leave_one_out_mean(compared, args.group_size)
         elif args.baseline == "value":  # what the critic expects before this token
             values = critic(states).squeeze(2)  # (B, R)
             baseline = values.detach()

@@ -329,7 +329,7 @@ def test_rloo(trainers, monkeypatch):
     rewards = reinforce.token_rewards(scores, old - ref, mask, beta)
     returns = reinforce.returns_to_go(rewards, mask, 1.0)
     totals = returns[:, 0]
-    baseline = reinforce.leave_one_out_mean(totals, 8)
+    baseline = reinforce.leave_one_out_mean(totals[:, None], 8).squeeze(1)
     torch.testing.assert_close(inputs["advantages"], totals - baseline, rtol=0, atol=1e-10)
 
     new = old.clone().requires_grad_()

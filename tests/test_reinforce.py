@@ -117,8 +117,12 @@ def expected_gradient(worlds, baseline):
 def leave_one_out(returns, numbers):
     """Each batch is a group."""
     size = numbers.shape[1]
-    means = reinforce.leave_one_out_mean(returns[:, :, 0].flatten(), size)
-    return means.view(-1, size, 1)
+    return reinforce.leave_one_out_mean(returns[:, :, :1].flatten(0, 1), size).view(-1, size, 1)
+
+
+def leave_one_out_by_position(returns, numbers):
+    size = numbers.shape[1]
+    return reinforce.leave_one_out_mean(returns.flatten(0, 1), size).view(-1, size, 3)
 
 
 def check_close(found, expected):
@@ -153,7 +157,8 @@ def test_the_value_baseline_is_unbiased_for_any_critic(process):
 @pytest.mark.parametrize("size", [2, 3])
 def test_leave_one_out_is_unbiased(size, process):
     world = World(process=process)
-    check_close(expected_gradient([world] * size, leave_one_out), world.exact_gradient())
+    for baseline in (leave_one_out, leave_one_out_by_position):
+        check_close(expected_gradient([world] * size, baseline), world.exact_gradient())
 
 
 def test_the_batch_mean_is_unbiased_over_two_prompts():
@@ -264,10 +269,9 @@ def test_returns_to_go_of_unequal_lengths(gamma, garbage):
 @pytest.mark.parametrize("size", [2, 3, 6])
 def test_leave_one_out_mean_by_loops(size):
     returns = [1.0, 5.0, 2.0, -3.0, 0.5, 7.0]
-    expected = [oracle.mean_without(returns, size, i) for i in range(6)]
-    torch.testing.assert_close(
-        reinforce.leave_one_out_mean(float64(*returns), size), float64(*expected)
-    )
+    expected = float64(*[oracle.mean_without(returns, size, i) for i in range(6)])[:, None]
+    found = reinforce.leave_one_out_mean(float64(*returns)[:, None] * float64(1, 10), size)
+    torch.testing.assert_close(found, expected * float64(1, 10))
 
 
 @pytest.mark.parametrize("garbage", GARBAGE)
@@ -386,20 +390,23 @@ def flatten(tensors):
 
 def baselines(args, returns, values, running_mean):
     """The baseline of each token of each response, as lists."""
-    wholes = [row[0] for row in returns]
     rows = []
     for i, row in enumerate(returns):
-        if args.baseline == "value":
-            rows.append([value.item() for value in values[i]])
-            continue
-        constant = 0.0
-        if args.baseline == "batch-mean":
-            constant = oracle.mean_without(wholes, len(wholes), i)
-        if args.baseline == "running-mean":
-            constant = running_mean
-        if args.baseline == "leave-one-out":
-            constant = oracle.mean_without(wholes, args.group_size, i)
-        rows.append([constant] * len(row))
+        row_baselines = []
+        for t in range(len(row)):
+            place = t if args.reward == "process" else 0  # the place of the returns to average
+            column = [other[place] if place < len(other) else 0.0 for other in returns]
+            if args.baseline == "value":
+                row_baselines.append(values[i][t].item())
+            elif args.baseline == "batch-mean":
+                row_baselines.append(oracle.mean_without(column, len(column), i))
+            elif args.baseline == "running-mean":
+                row_baselines.append(running_mean[place])
+            elif args.baseline == "leave-one-out":
+                row_baselines.append(oracle.mean_without(column, args.group_size, i))
+            else:
+                row_baselines.append(0.0)
+        rows.append(row_baselines)
     return rows
 
 
@@ -469,7 +476,8 @@ def loss_by_hand(args, policy, critic, reference, prompts, responses, running_me
     }
     if args.baseline == "value":
         metrics["losses/value_loss"] = value_loss.item()
-    return loss, metrics, sum(wholes) / size
+    means = [sum(row[t] for row in returns if t < len(row)) / size for t in range(3)]
+    return loss, metrics, means
 
 
 VARIANTS = [
@@ -483,6 +491,8 @@ VARIANTS = [
     {"ent_coef": 0.3},
     {"reward": "process", "gamma": 0.8},
     {"reward": "process", "baseline": "value"},
+    {"reward": "process", "baseline": "batch-mean"},
+    {"reward": "process", "baseline": "running-mean"},
     {"objective": "rwr"},
     {"objective": "rwr", "rwr_temperature": 0.1, "rwr_top_fraction": 0.4, "reward": "process"},
 ]
@@ -511,7 +521,7 @@ def test_every_step_of_training_by_hand(monkeypatch, tmp_path, flags):
 
     num_weights = len(list(reinforce.GPT().parameters()))
     reference = load(reinforce.GPT(), steps[0][2][0][:num_weights])
-    running_mean = 0.0
+    running_mean = [0.0] * 3  # by position
     for i in range(3):
         (_, prompts, temperature), responses, _ = rollouts[i]
         (_, max_norm), grad_norm, (weights, gradients) = steps[i]
@@ -524,7 +534,7 @@ def test_every_step_of_training_by_hand(monkeypatch, tmp_path, flags):
             critic = load(torch.nn.Linear(64, 1), weights[num_weights:])
             parameters += list(critic.parameters())
         assert len(weights) == len(parameters)
-        loss, metrics, mean_return = loss_by_hand(
+        loss, metrics, mean_returns = loss_by_hand(
             args, policy, critic, reference, prompts, responses, running_mean
         )
         expected = torch.autograd.grad(loss, parameters)
@@ -536,7 +546,7 @@ def test_every_step_of_training_by_hand(monkeypatch, tmp_path, flags):
             step, logged = curves[tag][i]
             assert step == 32 * (i + 1)
             assert logged == pytest.approx(value, abs=2e-5), tag
-        running_mean = 0.9 * running_mean + 0.1 * mean_return
+        running_mean = [0.9 * a + 0.1 * b for a, b in zip(running_mean, mean_returns, strict=True)]
     if args.baseline == "value":
         assert (steps[0][2][0][-2] == 0).all()  # the critic's weight at first
 
