@@ -18,7 +18,7 @@ those of the post "Reinforcement Learning" of Tommy's Blog. Beside each: its hel
     rl-distance        74%  reward for near misses too: learns early, but settles for near misses
     rl-sharp           95%  a reward that falls steeply with the distance does not settle
     sl-then-rl         94%  10% of the epochs SL, then rl-sharp: starts where rewards are common
-    rl-improved       100%  square reward, leave-one-out baseline, learning rate decays to 0
+    rl-improved       100%  square reward, leave-one-out baseline; learning rate and entropy decay
     sl-then-improved   99%  10% of the epochs SL, then rl-improved
     joint              99%  rl-improved plus an SL loss whose weight decays to 0
 
@@ -255,7 +255,7 @@ def split_prompts():
     """All 912 solvable prompts: 729 to train on, (729, 3), and 183 held out, (183, 3).
 
     This is the split of the post, which shuffles a set of tuples. Such a set has had the same order
-    in every CPython since 3.8, so the figures of the post are about the same held-out prompts.
+    in every CPython since 3.8, so the post's figures are for exactly these held-out prompts.
     """
     solvable = set()
     for prompt in itertools.product(range(10), repeat=3):
@@ -281,10 +281,11 @@ def shaped_reward(sums, kind):
     sharp              1     0.61  0.37  0.08  0.007  0.000
     square             1     0.99  0.96  0.75  0      -2.24
 
-    Why square generalises best: with an entropy bonus c the optimal policy is π ∝ exp(reward / c).
-    If s is the sum of the prompt and a that of the answer, the squared distance is
-    (s - 20)² + 2·(s - 20)·a + a². The first term is the same for all answers, so it drops out of π.
-    What is left is linear in s, and a linear function is the easiest to extend to new prompts.
+    Why square generalises best in rl-improved: with an entropy bonus c the optimal policy is
+    π ∝ exp(reward / c). If s is the sum of the prompt and a that of the answer, the squared
+    distance is (s - 20)² + 2·(s - 20)·a + a². The first term is the same for all answers, so it
+    drops out of π. What is left is linear in s, and a linear function is the easiest to extend to
+    new prompts.
     """
     distance = (sums - TARGET).abs()
     if kind == "exact":
@@ -442,7 +443,7 @@ def train(args, folder, verbose):
     Curves go to the folder unless it is None. Returns the final metrics, and the most probable
     answers to the first ten held-out prompts.
     """
-    torch.set_num_threads(1)  # the runs share the cores; no result depends on how many there are
+    torch.set_num_threads(1)  # so that the results do not depend on the number of cores
     torch.manual_seed(args.seed)
     start_time = time.time()
 

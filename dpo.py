@@ -10,7 +10,7 @@ current policy.
 DPO: Rafailov et al. 2023 (arXiv:2305.18290). Rounds (iterative DPO): Xu et al. 2023
 (arXiv:2312.16682); with new pairs at every step: Guo et al. 2024 (arXiv:2402.04792).
 
-Let R be the true reward and τ say how noisy the annotator is. If a response A is preferred to B
+Let R be the true reward and τ the noise of the annotator. If a response A is preferred to B
 with probability σ((R(A) - R(B)) / τ), the minimum of L is at π* ∝ π_ref · exp(R / (τβ)), which also
 maximises E[R] - τβ · KL(π ‖ π_ref). This holds for the sigmoid loss without label smoothing or
 length normalisation.
@@ -19,9 +19,9 @@ The task: given three digits, write two more and EOS so that all five sum to 20.
 first trained on correct answers (SFT). A frozen copy of it is the reference; DPO trains the
 original. To use your own task or model, replace the sections "Task" and "Model".
 
-    python dpo.py                             # held-out success 0.59 -> 0.99 in under a minute
-    python dpo.py --rounds 3                  # the same number of pairs, twice the steps
-    python dpo.py --preferences pairs.jsonl   # learn from a file; --help lists every flag
+    python dpo.py                            # held-out success 0.59 -> 0.99 (mean of 5 seeds), 30 s
+    python dpo.py --rounds 3                 # the same number of pairs, twice the steps
+    python dpo.py --preferences pairs.jsonl  # learn from a file; --help lists every flag
 
 A line of the file: {"prompt": "433", "chosen": "73", "rejected": "11"}; a tie also has "tie": true.
 """
@@ -206,7 +206,7 @@ def parse_preference(line):
     prompt = [int(digit) for digit in preference["prompt"]]
     chosen = [int(digit) for digit in preference["chosen"]]
     rejected = [int(digit) for digit in preference["rejected"]]
-    chosen += [EOS] * (RESPONSE_LENGTH - len(chosen))  # three digits: truncated, no EOS
+    chosen += [EOS] * (RESPONSE_LENGTH - len(chosen))  # three digits have no EOS
     rejected += [EOS] * (RESPONSE_LENGTH - len(rejected))
     return prompt, chosen, rejected, tie
 
@@ -455,7 +455,7 @@ def reference_logprobs(reference, prompts, chosen, rejected, length_normalize, m
 
 
 def pair_loss(h, beta, loss_type):
-    """Pair losses (B,). h (B,): how much more than the reference the policy prefers chosen.
+    """Pair losses (B,). h (B,): log-ratio π/π_ref of chosen minus that of rejected.
 
     sigmoid: arXiv:2305.18290, eq. 7.
     ipo:     arXiv:2310.12036, eq. 17; h tends to 1/(2β), not to infinity, if a pair is always
@@ -492,9 +492,10 @@ def dpo_loss(chosen_logratios, rejected_logratios, ties, beta, loss_type, label_
     losses = losses + (1 - chosen_weight) * pair_loss(-h, beta, loss_type)
     loss = losses.mean()
     with torch.no_grad():
-        # A tie counts half, and so does h = 0: the policy prefers neither more than the reference.
+        # A tie counts half, and so does h = 0.
         correct = torch.where(ties, 0.5, 0.5 + 0.5 * h.sign())
-        # β · log-ratio is the implicit reward of DPO, not that of reward(). The names are TRL's.
+        # β · log-ratio is the implicit reward of DPO, not that of reward(). The names under
+        # rewards/ and logps/ are TRL's.
         metrics = {
             "losses/loss": loss.detach(),
             "rewards/chosen": beta * chosen_logratios.mean(),
@@ -515,7 +516,7 @@ def save(path, contents):
     except (OSError, RuntimeError) as error:  # a full disk, for example
         part.unlink(missing_ok=True)
         raise OSError(f"--save-path {path} cannot be written ({error})") from None
-    os.replace(part, path)  # if this fails, the error names both, and part stays
+    os.replace(part, path)  # if this fails, part stays, and the error names it
 
 
 def main(args):

@@ -85,7 +85,7 @@ class Args:
     kl_target: float | None = 4.0  # adapt β to hold KL(policy ‖ reference) at this; None: fixed β
     kl_horizon: int = 500  # episodes in which the adaptive β can change by about 20%
     gamma: float = 1.0  # discount per token; usually 1, since the score is paid at the end
-    gae_lambda: float = 0.95  # GAE λ: 0 = one-step TD, 1 = Monte Carlo
+    gae_lambda: float = 0.95  # GAE λ: 0 = one-step TD, 1 = Monte Carlo (for long responses)
     clip_coef: float = 0.2  # ε: clipping range of the probability ratio π/π_old
     value_clip: float = 1.0  # clipping range of value updates, in units of the (scaled) returns
     vf_coef: float = 0.02  # weight of the value loss
@@ -208,6 +208,7 @@ def check_args(args):
         rules.append(
             (0 < args.target_kl < 1e6, f"--target-kl {args.target_kl} must be in (0, 1e6)")
         )
+        rules.append((args.update_epochs >= 2, "--target-kl has no effect with --update-epochs 1"))
     # Reject flags that would have no effect.
     if args.lexicon is not None:
         valid = args.reward in ["sentiment", "plain"]

@@ -20,7 +20,7 @@ whose expected gradient is that of the KL at each token (k3-iw). The losses as p
   GSPO      --loss-type gspo --scale-rewards group --kl-coef 0              (arXiv:2507.18071)
             --clip-coef 3e-4 --clip-coef-high 4e-4
   CISPO     --loss-type cispo --scale-rewards group --kl-coef 0             (arXiv:2506.13585)
-            (the paper does not say what --clip-coef-high it takes)
+            (the paper does not give its --clip-coef-high)
 
 Left out: GRPO's process supervision and iterative training (new reference and reward model); the
 dynamic sampling and the penalty for overlong responses of DAPO, which CISPO's paper also uses.
@@ -29,7 +29,7 @@ The task: given three digits, write two more and EOS so that all five sum to 20.
 first trained on correct answers (SFT). A frozen copy of it is the reference; GRPO trains the
 original. To use your own task or model, replace the sections "Task" and "Model".
 
-    python grpo.py                        # held-out success 0.59 -> 0.98 in half a minute
+    python grpo.py                        # held-out success 0.59 -> 0.98 (mean of 5 seeds), 30 s
     python grpo.py --loss-type dr-grpo    # or dapo, gspo, cispo; --help lists every flag
 """
 
@@ -390,9 +390,9 @@ def group_advantages(scores, group_size, scale_rewards):
     none   (arXiv:2503.20783): not divided. Each score is part of its own baseline, so at π = π_old
            the expected gradient of the reward is (G-1)/G of what it would be with the mean of the
            others, and β acts like β·G/(G-1). To undo this, multiply --kl-coef by (G-1)/G.
-    group  (arXiv:2402.03300): of the group, which for scores of 0 and 1 is at most ½. The KL is not
-           divided, so β counts for less: for G = 4 it acts like 0.6·β. Prompts that are nearly
-           always or nearly never solved weigh more, the more the larger G is (7 % for G = 4). So
+    group  (arXiv:2402.03300): of the group. For scores of 0 and 1 that is at most ½ and the KL is
+           not divided, so β counts for less: for G = 4 it acts like 0.6·β. Prompts that are nearly
+           always or nearly never solved weigh more: 7 % for G = 4, and more for larger groups. So
            training no longer aims at the maximum of J.
     batch  (arXiv:2508.08221): of the batch, the same for every prompt. It shrinks as the scores
            become equal: the advantages then grow, and β counts for less.
@@ -469,14 +469,13 @@ def grpo_loss(
 def kl_penalty(logprobs, old_logprobs, ref_logprobs, mask, kl_estimator):
     """KL(policy ‖ reference) at each token, for the loss, from the sampled tokens. (B, R)
 
-    Estimators by http://joschu.net/blog/kl-approx.html, with d = log π - log π_ref. After each: the
-    KL whose gradient it has on average over the sampled token, given the tokens before it.
-    k1     d: none. At π = π_old its expected gradient is 0, and π_ref is never in its gradient, so
-           it is not offered.
+    Estimators by http://joschu.net/blog/kl-approx.html, with d = log π - log π_ref. After each: its
+    expected gradient over the sampled token, given the tokens before it.
+    k1     d: 0 at π = π_old. It does not hold the policy near π_ref, so it is not offered.
     k2     d²/2: that of KL(π ‖ π_ref), as long as π = π_old.
     k3     exp(-d) - 1 + d: that of KL(π_ref ‖ π), the other direction, as long as π = π_old.
     k3-iw  k3 · π/π_old, importance-weighted: that of KL(π ‖ π_ref), also after π has moved
-           (DeepSeek-V3.2, arXiv:2512.02556).
+           (DeepSeek-V3.2, arXiv:2512.02556). For each sample it is k2's gradient times π/π_old.
     full   token_kl, not this function: that of KL(π ‖ π_ref), without the noise of sampling the
            token.
 
@@ -503,7 +502,7 @@ def save(path, contents):
     except (OSError, RuntimeError) as error:  # a full disk, for example
         part.unlink(missing_ok=True)
         raise OSError(f"--save-path {path} cannot be written ({error})") from None
-    os.replace(part, path)  # if this fails, the error names both, and part stays
+    os.replace(part, path)  # if this fails, part stays, and the error names it
 
 
 def main(args):

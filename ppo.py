@@ -12,7 +12,7 @@ The task: given three digits, write two more and EOS so that all five sum to 20.
 first trained on correct answers (SFT). A frozen copy of it is the reference; PPO trains the
 original. To use your own task or model, replace the sections "Task" and "Model".
 
-    python ppo.py                  # held-out success 0.59 -> 0.99 in half a minute
+    python ppo.py                  # held-out success 0.59 -> 0.99 (mean of 5 seeds), 30 s
     python ppo.py --kl-coef 0.2    # stay closer to the reference; --help lists every flag
 """
 
@@ -60,7 +60,7 @@ class Args:
     # PPO
     kl_coef: float = 0.05  # β: weight of KL(policy ‖ reference), in units of reward per nat
     gamma: float = 1.0  # discount per token; usually 1, since the score is paid at the end
-    gae_lambda: float = 0.95  # GAE λ: 0 = one-step TD, 1 = Monte Carlo
+    gae_lambda: float = 0.95  # GAE λ: 0 = one-step TD, 1 = Monte Carlo (for long responses)
     clip_coef: float = 0.2  # ε: clipping range of the probability ratio π/π_old
     dual_clip: float | None = None  # also bound the loss at dual_clip · |A| when A < 0; e.g. 3
     value_clip: float = 0.2  # clipping range of value updates, in units of reward
@@ -125,6 +125,7 @@ def check_args(args):
         rules.append(
             (0 < args.target_kl < 1e6, f"--target-kl {args.target_kl} must be in (0, 1e6)")
         )
+        rules.append((args.update_epochs >= 2, "--target-kl has no effect with --update-epochs 1"))
     for valid, error in rules:
         if not valid:
             fail(error)
@@ -465,7 +466,7 @@ def save(path, contents):
     except (OSError, RuntimeError) as error:  # a full disk, for example
         part.unlink(missing_ok=True)
         raise OSError(f"--save-path {path} cannot be written ({error})") from None
-    os.replace(part, path)  # if this fails, the error names both, and part stays
+    os.replace(part, path)  # if this fails, part stays, and the error names it
 
 
 def main(args):

@@ -12,7 +12,7 @@ The task: given three digits, write two more and EOS so that all five sum to 20.
 first trained on correct answers (SFT). A frozen copy of it is the reference; REINFORCE trains the
 original. To use your own task or model, replace the sections "Task" and "Model".
 
-    python reinforce.py                    # held-out success 0.59 -> 0.98 in half a minute
+    python reinforce.py                    # held-out success 0.59 -> 0.98 (mean of 5 seeds), 30 s
     python reinforce.py --baseline none    # the same expected gradient with more noise
     python reinforce.py --reward process   # a reward per token; --help lists every flag
 """
@@ -51,7 +51,9 @@ class Args:
 
     # Training
     sft_steps: int = 100  # SFT steps that train the reference; 0: random weights
-    reward: Literal["outcome", "process"] = "outcome"  # process: half is paid at the first digit
+    reward: Literal["outcome", "process"] = (
+        "outcome"  # process: ½ for the first digit, ½ for the sum
+    )
     total_episodes: int = 163_840  # sampled responses, rounded down to whole rollouts
     batch_size: int = 256  # responses per rollout
     group_size: int = 4  # responses per prompt
@@ -356,7 +358,8 @@ def leave_one_out_mean(returns, group_size):
     """For each response, the mean return of the others in its group. (B, 1) or (B, R)
 
     A response's own return is left out: with the mean of the whole group (G responses) and γ = 1
-    the expected gradient would shrink to (G - 1) / G of what it should be.
+    the expected gradient would shrink to (G - 1) / G of what it should be. The mean of few others
+    is noisy itself: with G = 2 the gradient can be noisier than without a baseline.
     """
     groups = returns.unflatten(0, (-1, group_size))
     others = groups.sum(1, keepdim=True) - groups
@@ -377,10 +380,11 @@ def reinforce_loss(logprobs, advantages, mask):
 def rwr_weights(returns, temperature, top_fraction):
     """Weights for reward-weighted regression (Peters & Schaal 2007). (B,) to (B,)
 
-    Proportional to exp(return / temperature) for the best fraction of the responses (and
-    ties), 0 for the rest; they sum to 1. If all of many responses are kept, the best fit to them is
-    π_new ∝ π · exp(return / temperature). That is π itself only where all responses to a prompt
-    have the same return R - β·log(π/π_ref): with γ = 1 and β > 0, at the maximum of J.
+    Proportional to exp(return / temperature) for the best fraction of the rollout's responses (and
+    ties), 0 for the rest; they sum to 1. Easy prompts therefore have more weight than hard ones.
+    With many responses, all kept, an update aims at π_new ∝ π · exp(return / temperature). Nothing
+    changes once all responses to a prompt have the same return R - β·log(π/π_ref): with γ = 1 and
+    β > 0, that is the maximum of J.
     """
     num_kept = math.ceil(top_fraction * len(returns))
     lowest = returns.topk(num_kept).values[-1]
@@ -397,7 +401,7 @@ def save(path, contents):
     except (OSError, RuntimeError) as error:  # a full disk, for example
         part.unlink(missing_ok=True)
         raise OSError(f"--save-path {path} cannot be written ({error})") from None
-    os.replace(part, path)  # if this fails, the error names both, and part stays
+    os.replace(part, path)  # if this fails, part stays, and the error names it
 
 
 def main(args):

@@ -18,16 +18,16 @@ feedback, then take gradient steps on the loss for that kind of feedback. R is t
                   telling y from M responses of the policy (ranking NCE: Ma & Collins 2018,
                   arXiv:1809.01812). Minimum: R/τ plus any constant per prompt.
 
-With finite data r only comes near the minimum; the weight decay, high by default, keeps it from
-memorising the annotator's noise.
+These are the minima for unlimited data. With less, r can memorise the annotator's noise; the weight
+decay, high by default, limits this.
 
 Finally the scores are normalised to mean 0 and standard deviation 1 on the reference's responses
 (before `--uncertainty-coef` subtracts anything).
 
 The task: given three digits, write two more and EOS so that all five sum to 20. A small GPT is
-first trained on correct answers (SFT). It is the reference, and also the policy, unless there is a
-`--policy`. A simulated annotator gives the feedback, or you do. To use your own task or model,
-replace the sections "Task" and "Model".
+first trained on correct answers (SFT): the reference, and also the policy. With `--policy`, both
+come from that file. A simulated annotator gives the feedback, or you do. To use your own task or
+model, replace the sections "Task" and "Model".
 
     python reward_model.py --save-path rm.pt    # learn a reward; --help lists every flag
     python ppo.py --reward-model rm.pt          # maximise it: held-out success 0.59 -> 0.99
@@ -70,7 +70,7 @@ class Args:
 
     # Feedback
     sft_steps: int = 100  # SFT steps that train the reference; 0: random weights
-    policy: Path | None = None  # judge this saved policy's responses (at temperature 1)
+    policy: Path | None = None  # file with the policy that responds, and its reference
     learn_from: Literal["preferences", "labels", "demonstrations"] = "preferences"  # see above
     num_examples: int = 32_768  # prompts drawn, each with its preferences, label or demonstration
     num_samples: int = 4  # M: responses per prompt, compared in pairs or with a demonstration
@@ -143,19 +143,19 @@ def check_args(args):
         rules.append((args.preferences is not None, "--annotate needs --preferences FILE"))
 
     # Reject flags that would have no effect.
-    unread = []
+    unused = []
     if args.policy is not None:
-        unread += ["sft_steps"]
+        unused += ["sft_steps"]
     if args.ensemble_size == 1:
-        unread += ["uncertainty_coef"]
+        unused += ["uncertainty_coef"]
     if args.learn_from == "labels":
-        unread += ["num_samples"]
+        unused += ["num_samples"]
     if args.preferences is not None:
-        unread += ["learn_from", "num_examples", "num_samples"]
+        unused += ["learn_from", "num_examples", "num_samples"]
     if args.annotate is not None:
-        unread += ["save_path", "annotator_temperature", "epochs", "minibatch_size"]
-        unread += ["learning_rate", "max_grad_norm", "weight_decay", "ensemble_size"]
-    for flag in unread:
+        unused += ["save_path", "annotator_temperature", "epochs", "minibatch_size"]
+        unused += ["learning_rate", "max_grad_norm", "weight_decay", "ensemble_size"]
+    for flag in unused:
         is_default = getattr(args, flag) == getattr(Args, flag)
         name = flag.replace("_", "-")
         rules.append((is_default, f"--{name} has no effect with the other flags; leave it out"))
@@ -231,7 +231,7 @@ def parse_preference(line):
     prompt = [int(digit) for digit in preference["prompt"]]
     chosen = [int(digit) for digit in preference["chosen"]]
     rejected = [int(digit) for digit in preference["rejected"]]
-    chosen += [EOS] * (RESPONSE_LENGTH - len(chosen))  # three digits: truncated, no EOS
+    chosen += [EOS] * (RESPONSE_LENGTH - len(chosen))  # three digits have no EOS
     rejected += [EOS] * (RESPONSE_LENGTH - len(rejected))
     return prompt, chosen, rejected, tie
 
@@ -438,8 +438,8 @@ def sample_comparisons(policy, prompts, targets, annotator_temperature, num_samp
     different = (responses[:, :, None] != responses[:, None, :]).any(3)
     judged = different.triu(diagonal=1)
     wins = judged & first_wins
-    losses = judged & ~first_wins
-    wins = wins | losses.transpose(1, 2)
+    second_wins = judged & ~first_wins
+    wins = wins | second_wins.transpose(1, 2)
     return prompts, responses, wins.float()
 
 
@@ -497,8 +497,8 @@ def is_higher(scores, other_scores):
 def preference_loss(scores, wins):
     """Bradley–Terry: -log σ(score of the preferred response - score of the other).
 
-    scores: (B, K). wins: (B, K, K), see above. The model reads each of the K responses once, for
-    all its pairs, as in InstructGPT (Ouyang et al. 2022, arXiv:2203.02155).
+    scores: (B, K). wins: (B, K, K), see sample_comparisons. The model reads each of the K responses
+    once, for all its pairs, as in InstructGPT (Ouyang et al. 2022, arXiv:2203.02155).
     Returns the mean loss over the judged pairs, and the accuracy: how often the preferred response
     has the higher score.
     """
@@ -554,10 +554,10 @@ def sample_demonstrations(policy, reference, prompts, targets, annotator_tempera
     # Rejection sampling: as R ≤ 1, accept a sample of π_ref with probability exp((R - 1) / τ).
     demonstrations = prompts.new_zeros(len(prompts), RESPONSE_LENGTH)
     missing = torch.arange(len(prompts), device=prompts.device)
-    turns = 0
+    attempts = 0
     while len(missing) > 0:
-        turns += 1
-        if turns > 10_000:
+        attempts += 1
+        if attempts > 10_000:
             fail("--learn-from demonstrations: too few are good; raise --annotator-temperature")
         responses = sample_responses(reference, prompts[missing])
         rewards = get_scores(targets[missing], responses)
@@ -614,11 +614,12 @@ def normalise(members, prompts, responses):
 def evaluate_scores(reward_model, policy, prompts, targets, annotator_temperature):
     """Compare scores with the annotator and with the true reward, on 16 sampled pairs per prompt.
 
-    accuracy: probability that the simulated annotator prefers the response with the higher score,
-    and its standard error (treating the pairs as independent). bayes_accuracy: the same for the
-    true reward; no scores can do better. deviation: standard deviation over the ensemble of a
-    pair's margin (difference of scores). Pairs of identical responses do not count. correlation: of
-    scores and true rewards over all prompts; the meaningless constants per prompt lower it.
+    accuracy: probability that the simulated annotator (also if a person gave the feedback) prefers
+    the response with the higher score, and its standard error (treating the pairs as independent).
+    bayes_accuracy: the same for the true reward; no scores can do better. deviation: standard
+    deviation over the ensemble of a pair's margin (difference of scores). Pairs of identical
+    responses do not count. correlation: of scores and true rewards over all prompts; the
+    meaningless constants per prompt lower it.
     """
     correct = []
     bayes_correct = []
@@ -694,9 +695,9 @@ def annotate(policy, prompts, path, number):
     if text and not text.endswith("\n"):
         file.write("\n")
 
-    torch.manual_seed(torch.initial_seed() + count)  # do not repeat the pairs already judged
+    torch.manual_seed(torch.initial_seed() + count)  # other pairs than in earlier sessions
     print(f"{path} has {count} of {number} pairs. {INSTRUCTIONS}")
-    num_identical = 0
+    num_identical = 0  # in a row
     try:
         while count < number:
             row = torch.randint(len(prompts), (1,))
@@ -706,6 +707,7 @@ def annotate(policy, prompts, path, number):
                 if num_identical == 10_000:
                     fail("--annotate: the policy hardly ever writes two different responses")
                 continue
+            num_identical = 0
             prompt = to_text(prompts[row][0].tolist())
             print(f"\n[{count + 1}] {prompt}    A: {shown(first)}    B: {shown(second)}")
             answer = ""
@@ -737,7 +739,7 @@ def save(path, contents):
     except (OSError, RuntimeError) as error:  # a full disk, for example
         part.unlink(missing_ok=True)
         raise OSError(f"--save-path {path} cannot be written ({error})") from None
-    os.replace(part, path)  # if this fails, the error names both, and part stays
+    os.replace(part, path)  # if this fails, part stays, and the error names it
 
 
 def main(args):
@@ -785,7 +787,7 @@ def main(args):
     if args.learn_from == "preferences":
         wins = examples[2]
         if torch.equal(wins, wins.transpose(1, 2)):  # only ties or identical responses
-            fail("--learn-from preferences: no response is preferred to another")
+            fail("preferences: no response is preferred to another, so there is nothing to learn")
 
     reward_model = RewardModel(args.ensemble_size, args.uncertainty_coef).to(device)
     reward_model.reference.load_state_dict(reference.state_dict())
