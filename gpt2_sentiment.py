@@ -2,8 +2,8 @@
 
     maximise over π:  J(π) = E[R(x, y)] - β · KL(π ‖ π_ref)    (prompts x, responses y ~ π)
 
-ppo.py on text: GPT-2 with a tokenizer, prompts of different lengths, a reward that reads the
-response, and a β that adapts to a target KL. By default a small GPT-2 is first pretrained on
+This is ppo.py for text: GPT-2 with a tokenizer, prompts of different lengths, a reward that reads
+the response, and a β that adapts to a target KL. By default a small GPT-2 is first pretrained on
 sentences of a grammar in this file; --model takes any GPT-2 from the Hugging Face hub or from a
 directory. For your own task, pass --prompts and edit score_texts.
 
@@ -280,6 +280,7 @@ NEUTRAL_WORDS = {
     "verb": ["see", "know"],
 }
 # The words that --reward sentiment and plain count. Good ones weigh five times as much as bad ones.
+# Not all bad words of the grammar are in it.
 LEXICON = {
     "good": 5, "glad": 5, "like": 5,
     "great": 10, "happy": 10, "awesome": 10, "fun": 10, "super": 10,
@@ -557,7 +558,7 @@ class GPT2(nn.Module):
         return self.ln_f(x)
 
     def head(self, states):
-        """Logits. There is no bias, so dividing the smaller states divides the logits, too."""
+        """Logits, without a bias: states / temperature give logits / temperature."""
         return linear(states, self.wte.weight)
 
 
@@ -581,8 +582,8 @@ class TextRewardModel(nn.Module):
     """Prompts and responses (texts) to scores (B,), by a GPT-2 with a scalar head.
 
     Like GPT2ForSequenceClassification, it scores at the last token of the text: the response's last
-    token before EOS. The text is read with the reward model's own tokenizer. If the model was
-    trained with EOS after each text and a padding token other than EOS, forward must append EOS.
+    token before EOS. The text is read with the reward model's own tokenizer. A model that was
+    trained with EOS after each text needs it here, too: append it in forward.
     """
 
     def __init__(self, gpt, tokenizer):
@@ -660,7 +661,7 @@ def pretrain_gpt2(policy, tokenizer, sentences, steps):
         optimizer.param_groups[0]["lr"] = 4e-3 * min(1 - step / steps, 20 * (step + 1) / steps)
         batch = tokens[torch.randint(len(tokens), (64,)).to(device)]
         logits = policy.head(policy(batch[:, :-1]))
-        # Padding is followed by padding or by BOS, which nothing should predict.
+        # Do not learn what follows padding.
         is_padding = batch[:, :-1] == PAD
         targets = batch[:, 1:].masked_fill(is_padding, PAD)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=PAD)
@@ -958,11 +959,13 @@ def scale_rewards(rewards, mask):
 
     The mean is not subtracted: that would add a constant per token and so favour some lengths. (TRL
     subtracts it before the division and adds it back afterwards, undivided.) Score and KL penalty
-    shrink alike. In the default run the deviation grows from 2 to 9, so the returns shrink, and the
-    critic's values are too large until it has caught up.
+    are divided alike. In the default run the deviation grows from 2 to 9, so the returns shrink,
+    and the critic's values are too large until it has caught up.
     """
     mean = masked_mean(rewards, mask)
     std = masked_mean((rewards - mean) ** 2, mask).sqrt()
+    if std < 1e-6:  # all rewards are equal
+        std = torch.ones_like(std)
     return torch.where(mask, rewards / (std + 1e-8), 0.0)
 
 
@@ -1360,7 +1363,7 @@ def main(args):
         decay = (num_rollouts - rollout + 1) / (num_rollouts - warmup + 1)
         learning_rate = args.learning_rate * min(rollout / warmup, decay)
         optimizer.param_groups[0]["lr"] = learning_rate
-        # The value head is new, while the policy is pretrained: it must learn faster.
+        # The value head starts from zero, so it learns ten times faster.
         optimizer.param_groups[1]["lr"] = 10 * learning_rate
 
         # 1. Rollout: sample a batch of responses and score their texts.

@@ -538,6 +538,11 @@ def test_scaled_rewards_are_divided_by_their_deviation(garbage):
     torch.testing.assert_close(gpt2.scale_rewards(rewards, mask), expected)
 
 
+def test_equal_rewards_are_not_scaled():
+    rewards = torch.full((3, 1), 0.1)
+    assert torch.equal(gpt2.scale_rewards(rewards, rewards > 0), rewards)
+
+
 @pytest.mark.parametrize("kl", [0.5, 0.21, 0.2, 0.19, 0.01])
 def test_adaptive_kl(kl):
     error = max(-0.2, min(0.2, kl / 0.2 - 1))
