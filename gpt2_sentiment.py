@@ -1133,19 +1133,22 @@ def first_file(folder, names):
 
 def load_gpt2(folder, flag="--model"):
     """GPT-2, tokenizer, and the weights of a score head or None, from a Hugging Face directory."""
-    path = Path("config.json")  # the file being read, for the error message
+    path = folder  # what is being read, for the error message
     try:
-        path = first_file(folder, ["config.json"])
-        config = read_config(path)
-        path = first_file(
+        config_path = first_file(folder, ["config.json"])
+        weights_path = first_file(
             folder, ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
         )
+        tokenizer_path = first_file(folder, ["tokenizer.json", "vocab.json"])
+        path = config_path
+        config = read_config(path)
+        path = weights_path
         weights = rename_weights(read_weights(path))
         score = weights.pop("score.weight", None)
         with torch.device("meta"):  # allocate nothing: the file's weights replace these
             gpt = GPT2(config)
         gpt.load_state_dict(weights, assign=True)
-        path = first_file(folder, ["tokenizer.json", "vocab.json"])
+        path = tokenizer_path
         tokenizer = read_tokenizer(path)
         size = tokenizer.get_vocab_size()
         # Some models pad the vocabulary to a multiple of 64 for speed; the extra ids have no text.

@@ -456,6 +456,8 @@ def main(args):
         scores = true_scores
         if args.reward == "process":
             token_scores = process_reward(train_targets[prompt_rows], responses.clone())  # (B, R)
+            token_scores = torch.as_tensor(token_scores, dtype=torch.float32, device=device)
+            token_scores = token_scores.detach()
             if token_scores.shape != responses.shape or not token_scores.isfinite().all():
                 fail(f"process_reward must return finite rewards of shape {tuple(responses.shape)}")
             scores = masked_sum(token_scores, mask)

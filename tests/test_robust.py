@@ -142,6 +142,17 @@ def test_process_rewards_that_do_not_fit_are_named(kind, monkeypatch, capsys):
     assert "process_reward" in error and "(32, 3)" in error
 
 
+def test_process_rewards_of_any_numeric_form_are_taken(monkeypatch):
+    learned = torch.ones(32, 3, requires_grad=True) * 1.0
+    expected = None
+    for rewards in [torch.ones(32, 3), [[1, 1, 1]] * 32, numpy.ones((32, 3)), learned]:
+        monkeypatch.setattr(reinforce, "process_reward", lambda *_, rewards=rewards: rewards)
+        flags = {"reward": "process", "baseline": "running-mean", "total_episodes": 64}
+        result = reinforce.main(few(reinforce, **flags))
+        expected = expected or result
+        assert result == expected
+
+
 def test_a_process_reward_may_change_what_it_gets(monkeypatch):
     def spoil(_, responses):
         responses.fill_(3)
