@@ -118,7 +118,7 @@ def check_args(args):
     ]
     if args.save_path is not None:
         save_path = Path(os.path.realpath(args.save_path))
-        is_file = save_path.is_file() or not os.path.lexists(save_path)  # an old or a new one
+        is_file = save_path.is_file() or not os.path.lexists(args.save_path)  # an old or a new one
         valid = is_file and is_writable(save_path.parent)
         rules.append((valid, f"--save-path {args.save_path} must be a file in a writable folder"))
         if args.reward_model is not None:
@@ -496,11 +496,12 @@ def kl_penalty(logprobs, old_logprobs, ref_logprobs, mask, kl_estimator):
 def save(path, contents):
     """Write a file atomically: all of it or nothing. Raises OSError."""
     path = os.path.realpath(path)  # write through a link, do not replace it
-    part = Path(f"{path}.{os.getpid()}.part")
+    part = f"{path}.{os.getpid()}.part"
     try:
         torch.save(contents, part)
     except (OSError, RuntimeError) as error:  # a full disk, for example
-        part.unlink(missing_ok=True)
+        if os.path.exists(part):
+            os.remove(part)
         raise OSError(f"--save-path {path} cannot be written ({error})") from None
     os.replace(part, path)  # if this fails, part stays, and the error names it
 

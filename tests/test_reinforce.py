@@ -114,15 +114,14 @@ def expected_gradient(worlds, baseline):
     return -torch.autograd.grad(loss, worlds[0].theta, retain_graph=True)[0]
 
 
-def leave_one_out(returns, numbers):
-    """Each batch is a group."""
-    size = numbers.shape[1]
-    return reinforce.leave_one_out_mean(returns[:, :, :1].flatten(0, 1), size).view(-1, size, 1)
-
-
 def leave_one_out_by_position(returns, numbers):
-    size = numbers.shape[1]
-    return reinforce.leave_one_out_mean(returns.flatten(0, 1), size).view(-1, size, 3)
+    """Each batch is a group."""
+    size = returns.shape[1]
+    return reinforce.leave_one_out_mean(returns.flatten(0, 1), size).view_as(returns)
+
+
+def leave_one_out(returns, numbers):
+    return leave_one_out_by_position(returns[:, :, :1], numbers)
 
 
 def check_close(found, expected):

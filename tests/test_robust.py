@@ -230,11 +230,9 @@ def test_paths_may_be_strings(script, tmp_path):
 
 
 @each_script
-@pytest.mark.parametrize("exists", [True, False])
-def test_a_link_is_followed_and_stays(script, exists, tmp_path):
+def test_a_link_is_followed_and_stays(script, tmp_path):
     (tmp_path / "far").mkdir()
-    if exists:
-        (tmp_path / "far" / "saved.pt").write_text("old")
+    (tmp_path / "far" / "saved.pt").write_text("old")
     (tmp_path / "link.pt").symlink_to(tmp_path / "far" / "saved.pt")
     script.main(few(script, save_path=tmp_path / "link.pt"))
     assert (tmp_path / "link.pt").is_symlink()
@@ -243,7 +241,7 @@ def test_a_link_is_followed_and_stays(script, exists, tmp_path):
 
 
 @each_script
-@pytest.mark.parametrize("kind", ["folder", "pipe", "link to itself", "link to nowhere"])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link to itself", "dangling link"])
 def test_what_is_not_a_file_is_never_replaced(script, kind, tmp_path, capsys):
     path = tmp_path / "there"
     if kind == "folder":
@@ -253,7 +251,7 @@ def test_what_is_not_a_file_is_never_replaced(script, kind, tmp_path, capsys):
     elif kind == "link to itself":
         path.symlink_to(path)
     else:
-        path.symlink_to(tmp_path / "nowhere" / "saved.pt")
+        path.symlink_to(tmp_path / "nowhere")
     assert "--save-path" in refused(script, capsys, save_path=path)
     assert [path] == list(tmp_path.iterdir())
 
@@ -321,7 +319,7 @@ def test_a_full_disk_leaves_no_part(script, monkeypatch, tmp_path, capsys):
 @each_script
 def test_a_name_that_is_too_long_ends_with_the_result_and_one_line(script, tmp_path, capsys):
     """The name of the part is longer than that of the file, which the flags' check lets pass."""
-    with pytest.raises(OSError, match="too long"):
+    with pytest.raises(OSError, match=r"--save-path .*too long"):
         script.main(few(script, save_path=Path("x" * 250)))
     assert "held-out" in capsys.readouterr().out and list(tmp_path.iterdir()) == []
 
@@ -330,7 +328,7 @@ def test_where_saving_fails_a_run_ends_with_the_result_and_one_line():
     words = "--sft-steps 2 --no-tensorboard --total-episodes 256 --save-path".split()
     done = command(ppo, *words, "x" * 250, text=True)
     assert done.returncode == 2 and "held-out" in done.stdout
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: --save-path") and done.stderr.count("\n") == 1
 
 
 def test_a_copy_under_another_name_makes_files_that_the_others_read(tmp_path):
