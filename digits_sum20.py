@@ -196,7 +196,6 @@ def method_args(args, method, seed):
 
 
 def fail(message):
-    """Print an error and exit with status 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 

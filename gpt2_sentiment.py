@@ -105,7 +105,6 @@ class Args:
 
 
 def fail(message):
-    """Print an error and exit with status 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -1474,6 +1473,7 @@ def main(args):
             writer.add_scalar("losses/explained_variance", explained, episodes)
             samples = [prompt_texts[i] + texts[i] for i in range(min(4, len(texts)))]
             writer.add_text("texts", "\n\n".join(samples), episodes)
+            writer.flush()  # so that a killed run keeps its curves
         if args.kl_target is not None:
             kl_coef = adapt_kl_coef(
                 kl_coef, mean_kl, args.kl_target, args.batch_size, args.kl_horizon
@@ -1486,8 +1486,6 @@ def main(args):
                 f"{seconds_left:.0f} s left"
             )
             recent_scores = []
-            if writer:
-                writer.flush()  # so that a killed run keeps its curves
         at_checkpoint = False
         if args.checkpoint_every is not None:
             at_checkpoint = rollout % args.checkpoint_every == 0 or rollout == num_rollouts

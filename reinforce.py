@@ -77,7 +77,6 @@ def is_writable(folder):
 
 
 def fail(message):
-    """Print an error and exit with status 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -255,12 +254,10 @@ def get_scores(targets, responses):
     rewards = reward(targets, responses.clone())  # reward may change its copy
     try:
         scores = torch.as_tensor(rewards, dtype=torch.float32, device=responses.device).detach()
+        if scores.shape != (len(responses),) or not scores.isfinite().all():
+            raise ValueError(f"shape {tuple(scores.shape)}, sum {scores.sum()}")
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        fail(f"reward returned a {type(rewards).__name__}, not a number per response ({error})")
-    if scores.shape != (len(responses),):
-        fail(f"reward returned shape {tuple(scores.shape)} for {len(responses)} responses")
-    if not scores.isfinite().all():
-        fail(f"reward returned {scores[~scores.isfinite()][0]:.0f}; every reward must be finite")
+        fail(f"reward must return {len(responses)} finite numbers, not {type(rewards)} ({error})")
     return scores
 
 
@@ -399,8 +396,7 @@ def save(path, contents):
     try:
         torch.save(contents, part)
     except (OSError, RuntimeError) as error:  # a full disk, for example
-        if os.path.exists(part):
-            os.remove(part)
+        Path(part).unlink(missing_ok=True)
         raise OSError(f"--save-path {path} cannot be written ({error})") from None
     os.replace(part, path)  # if this fails, part stays, and the error names it
 
@@ -540,6 +536,7 @@ def main(args):
             variance = returns[mask].var(correction=0).clamp(min=1e-8)
             explained = 1 - error_variance / variance
             writer.add_scalar("losses/explained_variance", explained, episodes)
+            writer.flush()  # so that a killed run keeps its curves
         recent_scores.append(score)
         if rollout % max(1, num_rollouts // 20) == 0:
             print(
@@ -547,22 +544,18 @@ def main(args):
                 f"KL {mean_kl:.3f}  {episodes / seconds:,.1f} episodes/s  {seconds_left:.0f} s left"
             )
             recent_scores = []
-            if writer:
-                writer.flush()  # so that a killed run keeps its curves
 
-    # Evaluate on the held-out prompts. Save before printing: a closed pipe makes print fail.
+    # Evaluate on the held-out prompts, print, and save.
     after = evaluate(policy, reference, test_prompts, test_targets, args.temperature)
-    try:
-        if args.save_path is not None:
-            flags = {flag: str(value) for flag, value in asdict(args).items()}
-            weights = {"policy": policy.state_dict(), "reference": reference.state_dict()}
-            save(args.save_path, {"args": flags, **weights})
-    finally:  # print even if saving fails
-        print(
-            f"held-out success {before['success']:.3f} -> {after['success']:.3f} "
-            f"± {after['success_error']:.3f}  KL {after['kl']:.3f} ± {after['kl_error']:.3f}  "
-            f"{time.time() - start_time:.1f} s"
-        )
+    print(
+        f"held-out success {before['success']:.3f} -> {after['success']:.3f} "
+        f"± {after['success_error']:.3f}  KL {after['kl']:.3f} ± {after['kl_error']:.3f}  "
+        f"{time.time() - start_time:.1f} s"
+    )
+    if args.save_path is not None:
+        flags = {flag: str(value) for flag, value in asdict(args).items()}
+        weights = {"policy": policy.state_dict(), "reference": reference.state_dict()}
+        save(args.save_path, {"args": flags, **weights})
     if writer:
         for name in after:
             writer.add_scalar(f"eval/{name}", before[name], 0)

@@ -95,7 +95,6 @@ def is_writable(folder):
 
 
 def fail(message):
-    """Print an error and exit with status 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -132,12 +131,10 @@ def check_args(args):
         is_file = save_path.is_file() or not os.path.lexists(args.save_path)  # an old or a new one
         valid = is_file and is_writable(save_path.parent)
         rules.append((valid, f"--save-path {args.save_path} must be a file in a writable folder"))
-        if args.preferences is not None:
-            new = str(save_path) != os.path.realpath(args.preferences)
-            rules.append((new, "--save-path would overwrite --preferences; choose another file"))
-        if args.policy is not None:
-            new = str(save_path) != os.path.realpath(args.policy)
-            rules.append((new, "--save-path would overwrite --policy; choose another file"))
+        new = args.preferences is None or str(save_path) != os.path.realpath(args.preferences)
+        rules.append((new, "--save-path would overwrite --preferences; choose another file"))
+        new = args.policy is None or str(save_path) != os.path.realpath(args.policy)
+        rules.append((new, "--save-path would overwrite --policy; choose another file"))
     if args.annotate is not None:
         rules.append((args.annotate >= 1, f"--annotate {args.annotate} must be at least 1"))
         rules.append((args.preferences is not None, "--annotate needs --preferences FILE"))
@@ -341,12 +338,10 @@ def get_scores(targets, responses):
     rewards = reward(targets, responses.clone())  # reward may change its copy
     try:
         scores = torch.as_tensor(rewards, dtype=torch.float32, device=responses.device).detach()
+        if scores.shape != (len(responses),) or not scores.isfinite().all():
+            raise ValueError(f"shape {tuple(scores.shape)}, sum {scores.sum()}")
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        fail(f"reward returned a {type(rewards).__name__}, not a number per response ({error})")
-    if scores.shape != (len(responses),):
-        fail(f"reward returned shape {tuple(scores.shape)} for {len(responses)} responses")
-    if not scores.isfinite().all():
-        fail(f"reward returned {scores[~scores.isfinite()][0]:.0f}; every reward must be finite")
+        fail(f"reward must return {len(responses)} finite numbers, not {type(rewards)} ({error})")
     return scores
 
 
@@ -737,8 +732,7 @@ def save(path, contents):
     try:
         torch.save(contents, part)
     except (OSError, RuntimeError) as error:  # a full disk, for example
-        if os.path.exists(part):
-            os.remove(part)
+        Path(part).unlink(missing_ok=True)
         raise OSError(f"--save-path {path} cannot be written ({error})") from None
     os.replace(part, path)  # if this fails, part stays, and the error names it
 
@@ -881,8 +875,7 @@ def main(args):
                     f"{speed:,.1f} examples/s  {seconds_left:.0f} s left"
                 )
 
-    # Normalise on the reference's samples, evaluate on the held-out prompts. Save before printing:
-    # a closed pipe makes print fail.
+    # Normalise on the reference's samples, evaluate on the held-out prompts, print, and save.
     reward_model.requires_grad_(False)
     rows = torch.randint(len(train_prompts), (1024,), device=device)
     responses = generate(reference, train_prompts[rows], 1.0)
@@ -890,22 +883,20 @@ def main(args):
     results = evaluate_scores(
         reward_model, policy, test_prompts, test_targets, args.annotator_temperature
     )
-    try:
-        if args.save_path is not None:
-            flags = {flag: str(value) for flag, value in asdict(args).items()}
-            weights = {
-                "members": [gpt.state_dict() for gpt in reward_model.members],
-                "uncertainty_coef": args.uncertainty_coef,
-                "reference": reference.state_dict(),
-            }
-            save(args.save_path, {"args": flags, **weights})
-    finally:  # print even if saving fails
-        print(
-            f"held-out pair accuracy {results['accuracy']:.3f} ± {results['accuracy_error']:.3f}  "
-            f"Bayes accuracy {results['bayes_accuracy']:.3f}  "
-            f"correlation {results['correlation']:.3f}  deviation {results['deviation']:.3f}  "
-            f"{time.time() - start_time:.1f} s"
-        )
+    print(
+        f"held-out pair accuracy {results['accuracy']:.3f} ± {results['accuracy_error']:.3f}  "
+        f"Bayes accuracy {results['bayes_accuracy']:.3f}  "
+        f"correlation {results['correlation']:.3f}  deviation {results['deviation']:.3f}  "
+        f"{time.time() - start_time:.1f} s"
+    )
+    if args.save_path is not None:
+        flags = {flag: str(value) for flag, value in asdict(args).items()}
+        weights = {
+            "members": [gpt.state_dict() for gpt in reward_model.members],
+            "uncertainty_coef": args.uncertainty_coef,
+            "reference": reference.state_dict(),
+        }
+        save(args.save_path, {"args": flags, **weights})
     if writer:
         for name in results:
             writer.add_scalar(f"eval/{name}", results[name], examples_seen)

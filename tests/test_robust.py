@@ -119,7 +119,7 @@ def test_rewards_that_do_not_fit_are_named(script, kind, monkeypatch, capsys):
     form, said = UNFIT[kind]
     monkeypatch.setattr(script, "reward", constant_reward(1, form))
     error = refused(script, capsys)
-    assert "reward returned" in error and said in error
+    assert "reward must return" in error and "finite numbers" in error and said in error
 
 
 @each_script
@@ -293,18 +293,6 @@ def test_if_the_file_cannot_get_its_name_the_weights_stay(script, monkeypatch, t
 
 
 @each_script
-def test_what_cannot_be_printed_is_saved(script, monkeypatch):
-    def closed_at_the_end(line):
-        if "held-out" in line:
-            raise BrokenPipeError
-
-    monkeypatch.setattr(script, "print", closed_at_the_end, raising=False)
-    with pytest.raises(BrokenPipeError):
-        script.main(few(script, save_path=Path("saved.pt")))
-    torch.load("saved.pt", weights_only=True)
-
-
-@each_script
 def test_a_full_disk_leaves_no_part(script, monkeypatch, tmp_path, capsys):
     def broken(contents, path):
         Path(path).write_text("half")
@@ -319,7 +307,7 @@ def test_a_full_disk_leaves_no_part(script, monkeypatch, tmp_path, capsys):
 @each_script
 def test_a_name_that_is_too_long_ends_with_the_result_and_one_line(script, tmp_path, capsys):
     """The name of the part is longer than that of the file, which the flags' check lets pass."""
-    with pytest.raises(OSError, match=r"--save-path .*too long"):
+    with pytest.raises(OSError, match=f"too long.*{'x' * 250}"):
         script.main(few(script, save_path=Path("x" * 250)))
     assert "held-out" in capsys.readouterr().out and list(tmp_path.iterdir()) == []
 
@@ -328,7 +316,8 @@ def test_where_saving_fails_a_run_ends_with_the_result_and_one_line():
     words = "--sft-steps 2 --no-tensorboard --total-episodes 256 --save-path".split()
     done = command(ppo, *words, "x" * 250, text=True)
     assert done.returncode == 2 and "held-out" in done.stdout
-    assert done.stderr.startswith("error: --save-path") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and "too long" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_copy_under_another_name_makes_files_that_the_others_read(tmp_path):
@@ -396,7 +385,7 @@ def test_a_full_disk_under_the_curves_is_one_line(monkeypatch):
 
 
 def test_curves_are_on_disk_while_the_run_goes_on(monkeypatch):
-    """So a run that is killed loses nothing but what follows its last progress line."""
+    """So a run that is killed loses nothing but what follows its last logged step."""
     flushed = []
 
     class Writer(programs.NoWriter):
