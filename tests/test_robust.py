@@ -271,7 +271,7 @@ def test_an_input_is_never_overwritten(script, flag, tmp_path, capsys):
     (tmp_path / "link").symlink_to(tmp_path / "input")
     for save_path in ["input", "./input", str(tmp_path / "input"), "link"]:
         error = refused(script, capsys, **{flag: Path("input"), "save_path": Path(save_path)})
-        assert f"--{flag.replace('_', '-')}" in error
+        assert f"would overwrite --{flag.replace('_', '-')}" in error
     assert (tmp_path / "input").read_text() == "mine"
 
 
@@ -293,10 +293,11 @@ def test_if_the_file_cannot_get_its_name_the_weights_stay(script, monkeypatch, t
 
 
 @each_script
-def test_a_full_disk_leaves_no_part(script, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("error", [OSError, RuntimeError])  # torch.save raises either
+def test_a_full_disk_leaves_no_part(script, error, monkeypatch, tmp_path, capsys):
     def broken(contents, path):
         Path(path).write_text("half")
-        raise RuntimeError("no space left")
+        raise error("no space left")
 
     monkeypatch.setattr(torch, "save", broken)
     with pytest.raises(OSError, match=r"--save-path .*no space left"):
@@ -310,6 +311,21 @@ def test_a_name_that_is_too_long_ends_with_the_result_and_one_line(script, tmp_p
     with pytest.raises(OSError, match=f"too long.*{'x' * 250}"):
         script.main(few(script, save_path=Path("x" * 250)))
     assert "held-out" in capsys.readouterr().out and list(tmp_path.iterdir()) == []
+
+
+@each_script
+def test_a_folder_that_went_away_ends_with_the_result_and_one_line(script, monkeypatch, capsys):
+    Path("new").mkdir()
+    save = script.save
+
+    def gone(*inputs):
+        Path("new").rmdir()
+        save(*inputs)
+
+    monkeypatch.setattr(script, "save", gone)
+    with pytest.raises(OSError, match=r"--save-path .*saved.pt cannot be written"):
+        script.main(few(script, save_path=Path("new/saved.pt")))
+    assert "held-out" in capsys.readouterr().out
 
 
 def test_where_saving_fails_a_run_ends_with_the_result_and_one_line():
