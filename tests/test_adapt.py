@@ -327,7 +327,7 @@ def test_a_reward_model_is_learned_and_maximised_on_hugging_face_models(folder, 
         learner.Args(
             tensorboard=False,
             sft_steps=0,
-            num_examples=3072,
+            num_examples=1024,
             annotator_temperature=0.1,
             learning_rate=1e-2,
             weight_decay=0.1,
@@ -338,7 +338,7 @@ def test_a_reward_model_is_learned_and_maximised_on_hugging_face_models(folder, 
     )
     script = make_ppo()
     curves = programs.record_curves(monkeypatch, script)
-    flags = {"tensorboard": True, "reward_model": path, "total_episodes": 32 * 40}
+    flags = {"tensorboard": True, "reward_model": path, "total_episodes": 32 * 30}
     script.main(script.Args(**PPO_FLAGS | flags))
     scores = programs.values(curves["charts/true_score"])
     assert sum(scores[-5:]) / 5 > sum(scores[:5]) / 5 + 0.2

@@ -466,7 +466,7 @@ class Malicious:
         return open, (str(self.path), "w")
 
 
-def wrong_files(folder):
+def wrong_files():
     """Contents of files that are no reward model, by name."""
     nan = reward_model_file()
     nan["members"][2]["norm.bias"][5] = math.nan
@@ -503,11 +503,11 @@ def wrong_files(folder):
         "reference without weights": reward_model_file(reference={}),
         "nan in the reference": nan_reference,
         "a list": [1, 2, 3],
-        "code": reward_model_file(extra=Malicious(folder / "created")),
+        "code": reward_model_file(extra=Malicious("created")),
     }
 
 
-WRONG = list(wrong_files(ppo.Path(".")))
+WRONG = wrong_files()
 
 
 def check_refused(path, capsys):
@@ -521,9 +521,10 @@ def check_refused(path, capsys):
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_reward_models_are_refused_in_one_line(name, tmp_path, capsys):
+def test_wrong_reward_models_are_refused_in_one_line(name, tmp_path, monkeypatch, capsys):
     path = tmp_path / "model.pt"
-    torch.save(wrong_files(tmp_path)[name], path)
+    torch.save(WRONG[name], path)
+    monkeypatch.chdir(tmp_path)
     check_refused(path, capsys)
     assert list(tmp_path.iterdir()) == [path]  # no code of the file was run
 

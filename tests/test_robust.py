@@ -58,6 +58,14 @@ def refused(script, capsys, **flags):
     return error
 
 
+def run_as_program(script, words, stdout, monkeypatch):
+    """What the command does, in this process."""
+    path = str(programs.ROOT / f"{script.__name__}.py")
+    monkeypatch.setattr(sys, "argv", [path, *words.split()])
+    monkeypatch.setattr(sys, "stdout", stdout)
+    runpy.run_path(path, run_name="__main__")
+
+
 def command(script, *words, **more):
     line = [sys.executable, str(programs.ROOT / f"{script.__name__}.py"), *words]
     return subprocess.run(line, capture_output=True, **more)
@@ -328,12 +336,14 @@ def test_a_folder_that_went_away_ends_with_the_result_and_one_line(script, monke
     assert "held-out" in capsys.readouterr().out
 
 
-def test_where_saving_fails_a_run_ends_with_the_result_and_one_line():
-    words = "--sft-steps 2 --no-tensorboard --total-episodes 256 --save-path".split()
-    done = command(ppo, *words, "x" * 250, text=True)
-    assert done.returncode == 2 and "held-out" in done.stdout
-    assert done.stderr.startswith("error: ") and "too long" in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_where_saving_fails_a_run_ends_with_the_result_and_one_line(monkeypatch, capsys):
+    words = f"--sft-steps 2 --no-tensorboard --total-episodes 256 --save-path {'x' * 250}"
+    printed = io.StringIO()
+    with pytest.raises(SystemExit) as stop:
+        run_as_program(ppo, words, printed, monkeypatch)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "held-out" in printed.getvalue()
+    assert error.startswith("error: ") and "too long" in error and error.count("\n") == 1
 
 
 def test_a_copy_under_another_name_makes_files_that_the_others_read(tmp_path):
@@ -347,35 +357,41 @@ def test_a_copy_under_another_name_makes_files_that_the_others_read(tmp_path):
 # ---------------------------------------------------------------------------- Output
 @each_with_digits
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_help_is_printed_whatever_the_encoding(script, encoding):
-    done = command(script, "--help", env={**os.environ, "PYTHONIOENCODING": encoding})
-    assert done.returncode == 0 and b"--seed" in done.stdout and done.stderr == b""
+def test_help_is_printed_whatever_the_encoding(script, encoding, monkeypatch):
+    printed = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    with pytest.raises(SystemExit) as stop:
+        run_as_program(script, "--help", printed, monkeypatch)
+    assert stop.value.code == 0 and b"--seed" in printed.buffer.getvalue()
 
 
 @each_with_digits
 def test_help_is_printed_in_a_notebook(script, monkeypatch):
     """There the standard output has no reconfigure."""
     printed = io.StringIO()
-    monkeypatch.setattr(sys, "stdout", printed)
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", "--help"])
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(programs.ROOT / f"{script.__name__}.py"), run_name="__main__")
+        run_as_program(script, "--help", printed, monkeypatch)
     assert stop.value.code == 0 and "--seed" in printed.getvalue()
 
 
 @pytest.mark.parametrize("script", [ppo, reward_model], ids=["ppo", "reward_model"])
-def test_a_run_ends_well_where_the_output_is_ascii(script):
-    words = "--sft-steps 2 --no-tensorboard --save-path saved.pt --ensemble-size 1"
+def test_a_run_ends_well_where_the_output_is_ascii(script, monkeypatch, capsys):
+    words = "--sft-steps 2 --no-tensorboard --save-path saved.pt"
     if script is ppo:
-        words = "--sft-steps 2 --no-tensorboard --save-path saved.pt --total-episodes 256"
+        words += " --total-episodes 256"
     else:
-        words += " --num-examples 32 --epochs 1"
-    done = command(script, *words.split(), env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    assert done.returncode == 0 and done.stderr == b""
+        words += " --num-examples 32 --epochs 1 --ensemble-size 1"
+    printed = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    run_as_program(script, words, printed, monkeypatch)
+    assert b"held-out" in printed.buffer.getvalue() and capsys.readouterr().err == ""
     assert Path("saved.pt").exists()
 
 
-@each_with_digits
+def test_all_scripts_of_the_toy_start_main_alike():
+    endings = [inspect.getsource(script).partition("if __name__")[2] for script in SCRIPTS]
+    assert len(endings[0]) > 100 and set(endings) == {endings[0]}
+
+
+@pytest.mark.parametrize("script", [ppo, digits_sum20], ids=["ppo", "digits_sum20"])
 def test_a_closed_pipe_ends_a_run_in_one_line(script):
     words = "--sft-steps 2 --no-tensorboard"
     if script is digits_sum20:
