@@ -276,9 +276,9 @@ def get_scores(targets, responses):
     try:
         scores = torch.as_tensor(rewards, dtype=torch.float32, device=responses.device).detach()
         if scores.shape != (len(responses),) or not scores.isfinite().all():
-            raise ValueError(f"shape {tuple(scores.shape)}, sum {scores.sum()}")
+            raise ValueError(f"got shape {tuple(scores.shape)}, sum {scores.sum()}")
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        fail(f"reward must return {len(responses)} finite numbers, not {type(rewards)} ({error})")
+        fail(f"reward must return finite numbers of shape ({len(responses)},); {error}")
     return scores
 
 

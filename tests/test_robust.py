@@ -113,8 +113,8 @@ UNFIT = {
     "column": (lambda values: torch.ones(len(values), 1), "shape"),
     "one short": (lambda values: torch.ones(len(values) - 1), "shape"),
     "one for all": (lambda values: 1.0, "shape"),
-    "words": (lambda values: ["good"] * len(values), "list"),
-    "huge": (lambda values: [10**400] * len(values), "list"),
+    "words": (lambda values: ["good"] * len(values), "str"),
+    "huge": (lambda values: [10**400] * len(values), "too large"),
     "nothing": (lambda values: None, "NoneType"),
     "infinite": (lambda values: [1.0] * (len(values) - 1) + [float("inf")], "inf"),
     "not a number": (lambda values: torch.full((len(values),), torch.nan), "nan"),
@@ -127,7 +127,7 @@ def test_rewards_that_do_not_fit_are_named(script, kind, monkeypatch, capsys):
     form, said = UNFIT[kind]
     monkeypatch.setattr(script, "reward", constant_reward(1, form))
     error = refused(script, capsys)
-    assert "reward must return" in error and "finite numbers" in error and said in error
+    assert "reward must return finite numbers of shape" in error and said in error
 
 
 @each_script
