@@ -320,7 +320,8 @@ def test_reinforce_learns_on_a_hugging_face_model(folder):
     assert result["success"] > result["success_before"] + 0.2
 
 
-def test_a_reward_model_is_learned_and_maximised_on_hugging_face_models(folder, monkeypatch):
+@pytest.mark.parametrize("folder", ["llama"], indirect=True)  # one of them: it takes longest
+def test_a_reward_model_is_learned_and_maximised_on_a_hugging_face_model(folder, monkeypatch):
     learner = make_reward_model()
     path = Path("rm.pt")
     learner.main(

@@ -227,8 +227,7 @@ def test_sampled_figures_agree_with_the_exact_ones(trained):
                 torch.manual_seed(seed)
                 found = ppo.evaluate(policy, reference, prompts, targets, temperature)
                 distances.append((found[name] - expected[name]) / found[f"{name}_error"])
-            # Their mean is within four of its own standard errors. They scatter by 1 at most: by
-            # less, since each prompt is sampled equally often, which the standard error ignores.
+            # Their mean is within four of its own standard errors, and they scatter by about 1.
             assert abs(sum(distances)) / 12 < 4 / 12**0.5
             assert 0.1 < (sum(x**2 for x in distances) / 12) ** 0.5 < 2
 

@@ -1189,7 +1189,7 @@ def test_same_seed_same_result_and_every_flag_changes_it(monkeypatch):
         {"sft_steps": 0},
         {"policy": Path("policy.pt"), **FROM_POLICY},
         {"num_samples": 2},
-        {"seed": 2},
+        {"seed": 2, "sft_steps": 0},
     ]
 
     def outcome(**flags):

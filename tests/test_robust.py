@@ -58,16 +58,20 @@ def refused(script, capsys, **flags):
     return error
 
 
-def run_as_program(script, words, stdout, monkeypatch):
+def path_of(script):
+    return programs.ROOT / f"{script.__name__}.py"
+
+
+def run_as_program(path, words, stdout, monkeypatch):
     """What the command does, in this process."""
-    path = str(programs.ROOT / f"{script.__name__}.py")
+    path = str(path)
     monkeypatch.setattr(sys, "argv", [path, *words.split()])
     monkeypatch.setattr(sys, "stdout", stdout)
     runpy.run_path(path, run_name="__main__")
 
 
 def command(script, *words, **more):
-    line = [sys.executable, str(programs.ROOT / f"{script.__name__}.py"), *words]
+    line = [sys.executable, str(path_of(script)), *words]
     return subprocess.run(line, capture_output=True, **more)
 
 
@@ -340,17 +344,17 @@ def test_where_saving_fails_a_run_ends_with_the_result_and_one_line(monkeypatch,
     words = f"--sft-steps 2 --no-tensorboard --total-episodes 256 --save-path {'x' * 250}"
     printed = io.StringIO()
     with pytest.raises(SystemExit) as stop:
-        run_as_program(ppo, words, printed, monkeypatch)
+        run_as_program(path_of(ppo), words, printed, monkeypatch)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "held-out" in printed.getvalue()
     assert error.startswith("error: ") and "too long" in error and error.count("\n") == 1
 
 
-def test_a_copy_under_another_name_makes_files_that_the_others_read(tmp_path):
+def test_a_copy_under_another_name_makes_files_that_the_others_read(tmp_path, monkeypatch):
     copy = tmp_path / "my_rm.py"
-    shutil.copy(programs.ROOT / "reward_model.py", copy)
+    shutil.copy(path_of(reward_model), copy)
     words = "--num-examples 32 --epochs 1 --sft-steps 2 --no-tensorboard --save-path rm.pt"
-    subprocess.run([sys.executable, str(copy), *words.split()], check=True, capture_output=True)
+    run_as_program(copy, words, sys.stdout, monkeypatch)
     ppo.main(few(ppo, reward_model=tmp_path / "rm.pt"))
 
 
@@ -360,7 +364,7 @@ def test_a_copy_under_another_name_makes_files_that_the_others_read(tmp_path):
 def test_help_is_printed_whatever_the_encoding(script, encoding, monkeypatch):
     printed = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     with pytest.raises(SystemExit) as stop:
-        run_as_program(script, "--help", printed, monkeypatch)
+        run_as_program(path_of(script), "--help", printed, monkeypatch)
     assert stop.value.code == 0 and b"--seed" in printed.buffer.getvalue()
 
 
@@ -369,7 +373,7 @@ def test_help_is_printed_in_a_notebook(script, monkeypatch):
     """There the standard output has no reconfigure."""
     printed = io.StringIO()
     with pytest.raises(SystemExit) as stop:
-        run_as_program(script, "--help", printed, monkeypatch)
+        run_as_program(path_of(script), "--help", printed, monkeypatch)
     assert stop.value.code == 0 and "--seed" in printed.getvalue()
 
 
@@ -381,7 +385,7 @@ def test_a_run_ends_well_where_the_output_is_ascii(script, monkeypatch, capsys):
     else:
         words += " --num-examples 32 --epochs 1 --ensemble-size 1"
     printed = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    run_as_program(script, words, printed, monkeypatch)
+    run_as_program(path_of(script), words, printed, monkeypatch)
     assert b"held-out" in printed.buffer.getvalue() and capsys.readouterr().err == ""
     assert Path("saved.pt").exists()
 
