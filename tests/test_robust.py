@@ -366,6 +366,7 @@ def test_help_is_printed_whatever_the_encoding(script, encoding, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         run_as_program(path_of(script), "--help", printed, monkeypatch)
     assert stop.value.code == 0 and b"--seed" in printed.buffer.getvalue()
+    assert b"?" in printed.buffer.getvalue()  # for the Greek letters
 
 
 @each_with_digits
@@ -400,9 +401,9 @@ def test_a_closed_pipe_ends_a_run_in_one_line(script):
     words = "--sft-steps 2 --no-tensorboard"
     if script is digits_sum20:
         words = "--no-tensorboard --epochs 200 --method rl"
-    line = [sys.executable, str(programs.ROOT / f"{script.__name__}.py"), *words.split()]
     reader, writer = os.pipe()
     os.close(reader)
+    line = [sys.executable, str(path_of(script)), *words.split()]
     done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert done.returncode == 2 and done.stderr == "error: [Errno 32] Broken pipe\n"
@@ -414,9 +415,8 @@ def test_a_full_disk_under_the_curves_is_one_line(monkeypatch):
             raise OSError(28, "No space left on device", folder)
 
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Writer)
-    monkeypatch.setattr(sys, "argv", ["ppo.py", "--sft-steps", "0"])
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(programs.ROOT / "ppo.py"), run_name="__main__")
+        run_as_program(path_of(ppo), "--sft-steps 0", sys.stdout, monkeypatch)
     assert stop.value.code == 2
 
 
