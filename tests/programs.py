@@ -1,5 +1,6 @@
 """What the tests of several scripts share: short runs, spies, a clock, the real command."""
 
+import contextlib
 import copy
 import functools
 import hashlib
@@ -7,6 +8,7 @@ import inspect
 import itertools
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -35,14 +37,15 @@ def fingerprint(*tensors):
 def remember_sft(script):
     """The script's sft(), which trains only once from the same state on the same data.
 
-    Later calls copy the weights and the state of the random generator that the first one left.
+    Later calls, of any script whose sft() is the same, copy the weights and the state of the
+    random generator that the first one left.
     """
     train = script.sft
 
     @functools.wraps(train)
     def sft(policy, prompts, responses, steps):
         start = [*policy.state_dict().values(), torch.get_rng_state(), prompts, responses]
-        key = (script.__name__, steps, fingerprint(*start))
+        key = (inspect.getsource(train), steps, fingerprint(*start))
         if key not in WARM:
             train(policy, prompts, responses, steps)
             WARM[key] = (copy.deepcopy(policy.state_dict()), torch.get_rng_state())
@@ -186,16 +189,28 @@ def check_whitened(policy_losses, num_minibatches):
     assert max(abs(part.mean()) for part in parts) > 0.01
 
 
+def begin(folder, *words, stdout=subprocess.PIPE, **env):
+    """Start python with these words. It runs beside the tests, on another core."""
+    command = [sys.executable, *map(str, words)]
+    pipes = {"stdout": stdout, "stderr": subprocess.PIPE, "text": True}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}  # the tests have the other core
+    return subprocess.Popen(command, cwd=folder, env=env, start_new_session=True, **pipes)
+
+
+def end(process):
+    """End a program with all its processes, if it is still going."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 def start(line, folder):
-    """A fixture's work: the real command, started now, runs beside the tests on another core.
+    """A fixture's work: the real command, started now.
 
     Yields a function that waits for the command's end and returns its folder and its output.
     """
     script, *words = line.split()
-    command = [sys.executable, str(ROOT / script), *words]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # the tests have the other core
-    process = subprocess.Popen(command, cwd=folder, env=env, start_new_session=True, **pipes)
+    process = begin(folder, ROOT / script, *words)
 
     def result():
         printed, errors = process.communicate()
@@ -203,9 +218,15 @@ def start(line, folder):
         return folder, printed
 
     yield result
-    if process.poll() is None:  # nobody waited: end it, and its own processes, which hold the pipes
-        os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    end(process)
+
+
+def run_as_program(path, words, stdout, monkeypatch):
+    """What the command does, in this process."""
+    path = str(path)
+    monkeypatch.setattr(sys, "argv", [path, *words.split()])
+    monkeypatch.setattr(sys, "stdout", stdout)
+    runpy.run_path(path, run_name="__main__")
 
 
 def check_hyperparameters(folder, flags, **given):

@@ -1,6 +1,5 @@
 """digits_sum20.py against float64 loops and enumerations that share no code with it."""
 
-import contextlib
 import dataclasses
 import itertools
 import math
@@ -8,10 +7,9 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 import typing
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import programs
@@ -44,17 +42,7 @@ VALUES = {
 
 def start_program(folder, words, script=ROOT / "digits_sum20.py"):
     """Start the command, on an output that can only show ASCII."""
-    command = [sys.executable, str(script), *words.split()]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=folder, env=env, start_new_session=True, **pipes)
-
-
-def end_program(process):
-    """End a program with all its processes, if it is still going."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    return programs.begin(folder, script, *words.split(), PYTHONIOENCODING="ascii")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -76,7 +64,7 @@ def started(tmp_path_factory):
     found["broken"] = (start_program(folder, words, script), folder)
     yield found
     for process, _ in found.values():
-        end_program(process)
+        programs.end(process)
 
 
 @pytest.fixture(autouse=True)
@@ -969,30 +957,40 @@ def assert_all_end(workers):
         time.sleep(0.05)
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
-def test_no_worker_outlives_the_program(tmp_path):
-    """Ctrl-C and SIGTERM, sent to the main process alone; and a worker that somebody kills."""
+def end_program(process, how, folder):
+    """Ctrl-C or SIGTERM, sent to the main process alone, or a worker that somebody kills."""
+    try:
+        workers = workers_at_work(process, folder)
+        if how == "killed worker":
+            os.kill(workers[0], signal.SIGKILL)
+        else:
+            process.send_signal(getattr(signal, how))
+        assert process.wait(30) != 0
+        assert_all_end(workers)
+        if how == "killed worker":
+            errors = process.communicate()[1]
+            assert process.returncode == 2
+            assert errors == "error: a worker process was killed, perhaps for lack of memory\n"
+    finally:
+        programs.end(process)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_that_end(tmp_path_factory):
+    """Beside the tests, programs with workers are started and ended: a future by how."""
     words = "--method rl --epochs 100000000 --num-seeds 2"
-    ends = ["SIGINT", "SIGTERM", "killed worker"]
     # Tests that run in the background may ignore Ctrl-C, and so would the programs that they start.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    for end in ends:
-        (tmp_path / end).mkdir()
-    programs_by_end = {end: start_program(tmp_path / end, words) for end in ends}
-    signal.signal(signal.SIGINT, handler)
-    try:
-        for end, process in programs_by_end.items():
-            workers = workers_at_work(process, tmp_path / end)
-            if end == "killed worker":
-                os.kill(workers[0], signal.SIGKILL)
-            else:
-                process.send_signal(getattr(signal, end))
-            assert process.wait(30) != 0
-            assert_all_end(workers)
-            if end == "killed worker":
-                errors = process.communicate()[1]
-                assert process.returncode == 2
-                assert errors == "error: a worker process was killed, perhaps for lack of memory\n"
-    finally:
-        for process in programs_by_end.values():
-            end_program(process)
+    with ThreadPoolExecutor() as pool:
+        found = {}
+        for how in ["SIGINT", "SIGTERM", "killed worker"]:
+            folder = tmp_path_factory.mktemp("ended")
+            found[how] = pool.submit(end_program, start_program(folder, words), how, folder)
+        signal.signal(signal.SIGINT, handler)
+        yield found
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "killed worker"])
+def test_no_worker_outlives_the_program(how, programs_that_end):
+    programs_that_end[how].result()

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import gpt2_sentiment as gpt2
 
 ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "gpt2_sentiment.py"
 TINY = ROOT / "tests" / "data" / "gpt2-tiny"
 CONFIG = json.loads((TINY / "config.json").read_text())
 EOS = 299
@@ -45,15 +45,73 @@ def program(tmp_path_factory):
     yield from programs.start(f"gpt2_sentiment.py {words}", tmp_path_factory.mktemp("program"))
 
 
+SMALL = {"model": str(TINY), "tensorboard": False, "batch_size": 8, "total_episodes": 16}
+SMALL |= {"response_length": 5, "eval_samples": 8, "learning_rate": 3e-3, "kl_target": None}
+SMALL |= {"update_epochs": 2, "num_minibatches": 2, "kl_coef": 0.1}
+
+# The same batch, on two processes. target_kl is exceeded in the first rollout, not by the tokens
+# of one process.
+SHARED = SMALL | {"reward": "composite", "ent_coef": 0.1, "whiten_rewards": False, "top_k": 60}
+SHARED |= {"target_kl": 0.3}
+
+# The real program, but the model that the second process loads has other weights.
+OTHER_WEIGHTS = """
+import os, sys
+import tyro
+sys.path.insert(0, {root!r})
+import gpt2_sentiment as gpt2
+
+load_gpt2 = gpt2.load_gpt2
+
+def load_other(folder):
+    policy, tokenizer, score_head = load_gpt2(folder)
+    for parameter in policy.parameters():
+        parameter.data += 0.01 * int(os.environ["RANK"])
+    return policy, tokenizer, score_head
+
+gpt2.load_gpt2 = load_other
+gpt2.main(tyro.cli(gpt2.Args))
+"""
+
+
+def torchrun(folder, *words):
+    """Two processes of the real command, with gloo."""
+    return programs.begin(
+        folder, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def commands(tmp_path_factory):
+    """Commands that run beside the tests: (process, folder) by name."""
+    found = {}
+    folder = tmp_path_factory.mktemp("two")
+    words = ["--no-tensorboard", "--save-dir", "two"]
+    for name, value in SHARED.items():
+        if name not in ("tensorboard", "whiten_rewards"):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    words += ["--no-whiten-rewards", "--checkpoint-every", "1"]
+    (folder / "other.py").write_text(OTHER_WEIGHTS.format(root=str(ROOT)))
+    found["two processes"] = (torchrun(folder, "other.py", *words), folder)
+
+    folder = tmp_path_factory.mktemp("torchrun")
+    found["batch of 0"] = (torchrun(folder, SCRIPT, "--batch-size", "0"), folder)
+
+    # No network: the address is a port of this machine that nobody listens to.
+    folder = tmp_path_factory.mktemp("unknown")
+    env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
+    env["HF_HOME"] = str(folder / "home")
+    process = programs.begin(folder, SCRIPT, "--model", "nobody/nothing", **env)
+    found["unknown model"] = (process, folder)
+    yield found
+    for process, _ in found.values():
+        programs.end(process)
+
+
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gpt2, "score_texts", variety)
-
-
-SMALL = {"model": str(TINY), "tensorboard": False, "batch_size": 8, "total_episodes": 16}
-SMALL |= {"response_length": 5, "eval_samples": 8, "learning_rate": 3e-3, "kl_target": None}
-SMALL |= {"update_epochs": 2, "num_minibatches": 2, "kl_coef": 0.1}
 
 
 def load(name):
@@ -583,58 +641,24 @@ def test_resume_refuses_a_checkpoint_of_another_version(tmp_path, capsys):
 # ---------------------------------------------------------------- Several processes
 
 
-def torchrun(*words, script=ROOT / "gpt2_sentiment.py"):
-    """Two processes of the real command, with gloo."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(script), *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+def test_one_of_two_processes_says_what_is_wrong(commands):
+    process, folder = commands["batch of 0"]
+    printed, errors = process.communicate()
+    assert process.returncode != 0 and printed == "" and list(folder.iterdir()) == []
+    assert "error: --batch-size 0 must be at least 1\n" in errors
 
 
-def test_one_of_two_processes_says_what_is_wrong(tmp_path):
-    done = torchrun("--batch-size", "0")
-    assert done.returncode != 0 and done.stdout == "" and list(tmp_path.iterdir()) == []
-    assert "error: --batch-size 0 must be at least 1\n" in done.stderr
-
-
-# The real program, but the model that the second process loads has other weights.
-OTHER_WEIGHTS = """
-import os, sys
-import tyro
-sys.path.insert(0, {root!r})
-import gpt2_sentiment as gpt2
-
-load_gpt2 = gpt2.load_gpt2
-
-def load_other(folder):
-    policy, tokenizer, score_head = load_gpt2(folder)
-    for parameter in policy.parameters():
-        parameter.data += 0.01 * int(os.environ["RANK"])
-    return policy, tokenizer, score_head
-
-gpt2.load_gpt2 = load_other
-gpt2.main(tyro.cli(gpt2.Args))
-"""
-
-
-def test_two_processes_do_what_one_does(tmp_path, capsys):
+def test_two_processes_do_what_one_does(commands, capsys):
     """The same batch and the first process's weights, so the same result but for rounding."""
-    flags = SMALL | {"reward": "composite", "ent_coef": 0.1, "whiten_rewards": False, "top_k": 60}
-    flags |= {"target_kl": 0.3}  # exceeded in the first rollout, not by the tokens of one process
-    run(**flags | {"save_dir": tmp_path / "one"})
+    process, folder = commands["two processes"]
+    run(**SHARED | {"save_dir": folder / "one"})
     summaries = [line for line in capsys.readouterr().out.splitlines() if "win rate" in line]
-    words = ["--no-tensorboard", "--save-dir", "two"]
-    for name, value in flags.items():
-        if name not in ("tensorboard", "whiten_rewards"):
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    words += ["--no-whiten-rewards", "--checkpoint-every", "1"]
-    (tmp_path / "other.py").write_text(OTHER_WEIGHTS.format(root=str(ROOT)))
-    done = torchrun(*words, script=tmp_path / "other.py")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("parameters on cpu") == 1  # only one of them talks
-    assert summaries[0] in done.stdout  # with the KL of all samples
-    check_same_weights(tmp_path / "one", tmp_path / "two")
-    assert sorted(os.listdir(tmp_path)) == ["one", "other.py", "runs", "two"]
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert printed.count("parameters on cpu") == 1  # only one of them talks
+    assert summaries[0] in printed  # with the KL of all samples
+    check_same_weights(folder / "one", folder / "two")
+    assert sorted(os.listdir(folder)) == ["one", "other.py", "runs", "two"]
 
 
 def test_processes_that_cannot_share_the_work_are_refused(monkeypatch, capsys):
@@ -815,16 +839,30 @@ def test_a_model_that_cannot_be_saved_leaves_its_results_and_itself(monkeypatch,
     assert load(part)[0].config.n_embd == 32
 
 
-def test_the_model_is_saved_before_texts_are_printed(tmp_path):
-    """To an output that has neither Greek letters nor the tokens of a random model."""
-    words = "--pretrain-steps 1 --total-episodes 4 --batch-size 4 --eval-samples 4 --save-dir out"
-    command = [sys.executable, str(ROOT / "gpt2_sentiment.py"), *words.split()]
-    environment = os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
-    for flags in (["--help"], ["--no-tensorboard"]):
-        done = subprocess.run(command + flags, capture_output=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        assert b"?" in done.stdout
-    assert (tmp_path / "out" / "model.safetensors").exists()
+def test_an_output_that_has_only_ascii(monkeypatch):
+    """It has neither Greek letters nor the tokens of a random model; they become question marks."""
+    printed = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with pytest.raises(SystemExit) as stop:
+        programs.run_as_program(SCRIPT, "--help", printed, monkeypatch)
+    assert stop.value.code == 0 and b"?" in printed.buffer.getvalue()
+
+    printed = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    words = "--pretrain-steps 1 --total-episodes 4 --batch-size 4 --eval-samples 4 --no-tensorboard"
+    programs.run_as_program(SCRIPT, words, printed, monkeypatch)
+    assert b"?" in printed.buffer.getvalue()
+
+
+def test_the_model_is_saved_before_texts_are_printed(monkeypatch, tmp_path):
+    """A full disk, say, under the file that the output goes to."""
+
+    def full(text):
+        if "held-out reward" in text:
+            raise OSError("No space left")
+
+    monkeypatch.setattr("builtins.print", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(save_dir="saved")
+    assert (tmp_path / "saved" / "model.safetensors").exists()
 
 
 def test_runs_of_one_second_have_folders_of_their_own():
@@ -1180,13 +1218,9 @@ def test_program_in_a_shell(program, monkeypatch):
     assert events.Scalars("charts/kl_coef")[1].value != events.Scalars("charts/kl_coef")[0].value
 
 
-def test_an_unknown_model_in_a_shell(tmp_path):
-    """No network: the address is a port of this machine that nobody listens to."""
-    home = tmp_path / "home"
-    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(home)}
-    environment |= {"HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(ROOT / "gpt2_sentiment.py"), "--model", "nobody/nothing"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
-    assert done.stderr.count("\n") == 1 and "--model embedded" in done.stderr
-    assert {p.name for p in tmp_path.iterdir()} <= {"home"}
+def test_an_unknown_model_in_a_shell(commands):
+    process, folder = commands["unknown model"]
+    printed, errors = process.communicate()
+    assert process.returncode == 2 and printed == "" and "Traceback" not in errors
+    assert errors.count("\n") == 1 and "--model embedded" in errors
+    assert {p.name for p in folder.iterdir()} <= {"home"}

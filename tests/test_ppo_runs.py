@@ -3,7 +3,6 @@
 import copy
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -601,12 +600,13 @@ def test_program_in_a_shell(program):
         assert [point.step for point in events.Scalars(f"eval/{name}")] == [0, 640]
 
 
-def test_bad_value_in_a_shell(tmp_path):
-    command = [sys.executable, str(ROOT / "ppo.py"), "--num-minibatches", "7"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert done.stdout == ""
+def test_a_bad_value_ends_the_program(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        programs.run_as_program(ROOT / "ppo.py", "--num-minibatches 7", sys.stdout, monkeypatch)
+    out, error = capsys.readouterr()
+    assert stop.value.code == 2
+    assert error.count("\n") == 1
+    assert out == ""
     assert list(tmp_path.iterdir()) == []
 
 

@@ -4,9 +4,7 @@ import copy
 import inspect
 import io
 import os
-import runpy
 import shutil
-import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy
 import programs
 import pytest
 import torch
+from programs import run_as_program
 
 import digits_sum20
 import dpo
@@ -60,19 +59,6 @@ def refused(script, capsys, **flags):
 
 def path_of(script):
     return programs.ROOT / f"{script.__name__}.py"
-
-
-def run_as_program(path, words, stdout, monkeypatch):
-    """What the command does, in this process."""
-    path = str(path)
-    monkeypatch.setattr(sys, "argv", [path, *words.split()])
-    monkeypatch.setattr(sys, "stdout", stdout)
-    runpy.run_path(path, run_name="__main__")
-
-
-def command(script, *words, **more):
-    line = [sys.executable, str(path_of(script)), *words]
-    return subprocess.run(line, capture_output=True, **more)
 
 
 # ---------------------------------------------------------------------------- What a reward returns
@@ -396,17 +382,31 @@ def test_all_scripts_of_the_toy_start_main_alike():
     assert len(endings[0]) > 100 and set(endings) == {endings[0]}
 
 
-@pytest.mark.parametrize("script", [ppo, digits_sum20], ids=["ppo", "digits_sum20"])
-def test_a_closed_pipe_ends_a_run_in_one_line(script):
-    words = "--sft-steps 2 --no-tensorboard"
-    if script is digits_sum20:
-        words = "--no-tensorboard --epochs 200 --method rl"
+@pytest.fixture(scope="module", autouse=True)
+def with_a_closed_pipe(tmp_path_factory):
+    """Two commands whose output nobody reads; they run beside the tests."""
+    folder = tmp_path_factory.mktemp("pipe")
     reader, writer = os.pipe()
     os.close(reader)
-    line = [sys.executable, str(path_of(script)), *words.split()]
-    done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True)
+    lines = {
+        "ppo": "--no-tensorboard --sft-steps 2",
+        "digits_sum20": "--no-tensorboard --epochs 200 --method rl",
+    }
+    started = {
+        name: programs.begin(folder, programs.ROOT / f"{name}.py", *words.split(), stdout=writer)
+        for name, words in lines.items()
+    }
     os.close(writer)
-    assert done.returncode == 2 and done.stderr == "error: [Errno 32] Broken pipe\n"
+    yield started
+    for process in started.values():
+        programs.end(process)
+
+
+@pytest.mark.parametrize("name", ["ppo", "digits_sum20"])
+def test_a_closed_pipe_ends_a_run_in_one_line(name, with_a_closed_pipe):
+    process = with_a_closed_pipe[name]
+    _, error = process.communicate()
+    assert process.returncode == 2 and error == "error: [Errno 32] Broken pipe\n"
 
 
 def test_a_full_disk_under_the_curves_is_one_line(monkeypatch):
@@ -438,10 +438,12 @@ def test_curves_are_on_disk_while_the_run_goes_on(monkeypatch):
         assert flushed
 
 
-def test_a_closed_keyboard_ends_the_questions(tmp_path):
-    words = "--annotate 3 --preferences mine.jsonl --sft-steps 2".split()
-    done = command(reward_model, *words, stdin=subprocess.DEVNULL)
-    assert done.returncode == 0 and done.stderr == b""
+def test_a_closed_keyboard_ends_the_questions(monkeypatch, capsys):
+    words = "--annotate 3 --preferences mine.jsonl --sft-steps 2"
+    with open(os.devnull) as nothing:
+        monkeypatch.setattr(sys, "stdin", nothing)
+        run_as_program(path_of(reward_model), words, sys.stdout, monkeypatch)
+    assert capsys.readouterr().err == ""
     assert Path("mine.jsonl").read_text() == ""
 
 
