@@ -138,6 +138,7 @@ def check_args(args):
     if args.annotate is not None:
         rules.append((args.annotate >= 1, f"--annotate {args.annotate} must be at least 1"))
         rules.append((args.preferences is not None, "--annotate needs --preferences FILE"))
+        rules.append((sys.stdin is not None, "--annotate cannot ask: standard input is closed"))
 
     # Reject flags that would have no effect.
     unused = []
@@ -671,8 +672,6 @@ def annotate(policy, prompts, path, number):
     Each pair is on disk before the next question, so stopping at any time loses nothing.
     """
     path = Path(path)
-    if sys.stdin is None:
-        fail("--annotate: the standard input is closed, so nobody can answer")
     try:
         text = path.read_bytes().decode("utf-8-sig") if path.exists() else ""
         file = path.open("a", encoding="utf-8")
