@@ -962,7 +962,7 @@ def end_program(process, how, folder):
     try:
         workers = workers_at_work(process, folder)
         if how == "killed worker":
-            os.kill(workers[0], signal.SIGKILL)
+            os.kill(workers[0], signal.SIGINT)  # ends it at once, as Ctrl-C in a terminal does
         else:
             process.send_signal(getattr(signal, how))
         assert process.wait(30) != 0
