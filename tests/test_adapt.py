@@ -329,20 +329,34 @@ def test_a_reward_model_is_learned_and_maximised_on_a_hugging_face_model(folder,
             tensorboard=False,
             sft_steps=0,
             num_examples=1024,
+            minibatch_size=32,
             annotator_temperature=0.1,
             learning_rate=1e-2,
             weight_decay=0.1,
-            ensemble_size=2,
-            uncertainty_coef=0.5,
             save_path=path,
         )
     )
     script = make_ppo()
     curves = programs.record_curves(monkeypatch, script)
-    flags = {"tensorboard": True, "reward_model": path, "total_episodes": 32 * 30}
+    flags = {"tensorboard": True, "reward_model": path, "total_episodes": 32 * 50}
     script.main(script.Args(**PPO_FLAGS | flags))
     scores = programs.values(curves["charts/true_score"])
-    assert sum(scores[-5:]) / 5 > sum(scores[:5]) / 5 + 0.2
+    assert sum(scores[-5:]) / 5 > sum(scores[:5]) / 5 + 0.4
+
+
+def test_an_ensemble_of_hugging_face_models_gives_the_lower_bound_of_its_scores(folder):
+    path = Path("rm.pt")
+    flags = {"tensorboard": False, "sft_steps": 0, "num_examples": 32, "ensemble_size": 2}
+    learner = make_reward_model()
+    learner.main(learner.Args(uncertainty_coef=0.5, save_path=path, **flags))
+    script = make_ppo()
+    reward_model = script.load_reward_model(path, "cpu")
+    assert len(reward_model.members) == 2
+    _, _, prompts, _ = script.make_prompts("cpu")
+    responses = script.generate(script.GPT(), prompts, 1.0)
+    bounds = reward_model(prompts, responses)
+    means = reward_model.member_scores(prompts, responses).mean(0)
+    assert bounds.shape == (len(prompts),) and (bounds < means).all()
 
 
 def test_dpo_learns_from_pairs_of_texts(folder):
