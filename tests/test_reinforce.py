@@ -631,20 +631,20 @@ def test_a_process_reward_is_learned(monkeypatch):
 
 def test_the_critic_learns(monkeypatch):
     curves = programs.record_curves(monkeypatch, reinforce)
-    flags = {"vf_coef": 1.0, "batch_size": 128, "total_episodes": 2560, "sft_steps": 100}
+    flags = {"vf_coef": 1.0, "batch_size": 128, "total_episodes": 3840, "sft_steps": 100}
     run(baseline="value", tensorboard=True, **flags)
     errors = programs.values(curves["losses/value_loss"])
-    assert sum(errors[-10:]) / 10 < 0.8 * errors[0]
+    assert sum(errors[-10:]) / 10 < 0.7 * errors[0]
 
 
 def test_a_kl_penalty_keeps_the_policy_near_and_a_bonus_raises_the_entropy(monkeypatch):
     def last(tag, **flags):
         curves = programs.record_curves(monkeypatch, reinforce)
-        run(total_episodes=1280, learning_rate=5e-4, tensorboard=True, **flags)
-        return programs.values(curves[tag])[-1]
+        run(total_episodes=2560, learning_rate=5e-4, tensorboard=True, **flags)
+        return sum(programs.values(curves[tag])[-5:]) / 5
 
-    assert last("charts/kl", kl_coef=2.0) < 0.7 * last("charts/kl")
-    assert last("losses/entropy", ent_coef=1.0) > last("losses/entropy") + 0.1
+    assert last("charts/kl", kl_coef=2.0) < 0.4 * last("charts/kl")
+    assert last("losses/entropy", ent_coef=1.0) > last("losses/entropy") + 1
 
 
 def test_same_seed_same_result(monkeypatch):
