@@ -173,7 +173,7 @@ PPO_FLAGS = {
     "batch_size": 32,
     "num_minibatches": 4,
     "update_epochs": 1,
-    "total_episodes": 32 * 30,
+    "total_episodes": 32 * 45,
     "kl_coef": 0.01,
 }
 GRPO_FLAGS = PPO_FLAGS | {"group_size": 8}
@@ -308,7 +308,7 @@ def test_ppo_learns_on_a_hugging_face_model(folder, monkeypatch):
     )
     result = script.main(script.Args(**PPO_FLAGS | {"gae_lambda": 1.0}))
     rates = [noted for _, _, noted in steps]
-    assert len(rates) == 30 and all(critic == 1e-3 for _, critic in rates)
+    assert len(rates) == 45 and all(critic == 1e-3 for _, critic in rates)
     assert max(policy for policy, _ in rates) == 3e-3
     assert result["success"] > result["success_before"] + 0.2
 
@@ -338,7 +338,7 @@ def test_a_reward_model_is_learned_and_maximised_on_a_hugging_face_model(folder,
     )
     script = make_ppo()
     curves = programs.record_curves(monkeypatch, script)
-    flags = {"tensorboard": True, "reward_model": path, "total_episodes": 32 * 50}
+    flags = {"tensorboard": True, "reward_model": path}
     script.main(script.Args(**PPO_FLAGS | flags))
     scores = programs.values(curves["charts/true_score"])
     assert sum(scores[-5:]) / 5 > sum(scores[:5]) / 5 + 0.4
