@@ -386,17 +386,14 @@ def test_all_scripts_of_the_toy_start_main_alike():
 def with_a_closed_pipe(tmp_path_factory):
     """Two commands whose output nobody reads; they run beside the tests."""
     folder = tmp_path_factory.mktemp("pipe")
-    reader, writer = os.pipe()
-    os.close(reader)
     lines = {
         "ppo": "--no-tensorboard --sft-steps 2",
         "digits_sum20": "--no-tensorboard --epochs 200 --method rl",
     }
-    started = {
-        name: programs.begin(folder, programs.ROOT / f"{name}.py", *words.split(), stdout=writer)
-        for name, words in lines.items()
-    }
-    os.close(writer)
+    started = {}
+    for name, words in lines.items():
+        path = programs.ROOT / f"{name}.py"
+        started[name] = programs.begin_with_a_closed_pipe(folder, path, *words.split())
     yield started
     for process in started.values():
         programs.end(process)
