@@ -51,7 +51,7 @@ def prefix_logits(policy, prompts):
     pairs = torch.cartesian_prod(digits, digits)  # (100, 2)
     tokens = torch.cat([prompts.repeat_interleave(100, 0), pairs.repeat(len(prompts), 1)], 1)
     chunks = []
-    for chunk in tokens.split(1024):  # twice as fast as all at once
+    for chunk in tokens.split(1024):  # nearly twice as fast as all at once
         states = policy(chunk)[:, prompts.shape[1] - 1 :]  # (1024, R, D)
         chunks.append(policy.head(states))
     logits = torch.cat(chunks)  # (N · 100, R, V)

@@ -197,15 +197,6 @@ def begin(folder, *words, stdout=subprocess.PIPE, **env):
     return subprocess.Popen(command, cwd=folder, env=env, start_new_session=True, **pipes)
 
 
-def begin_with_a_closed_pipe(folder, *words):
-    """begin() with an output that nobody reads."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    process = begin(folder, *words, stdout=writer)
-    os.close(writer)
-    return process
-
-
 def end(process):
     """End a program with all its processes, if it is still going."""
     with contextlib.suppress(ProcessLookupError):

@@ -959,20 +959,17 @@ def assert_all_end(workers):
 
 def end_program(process, how, folder):
     """Ctrl-C or SIGTERM, sent to the main process alone, or a worker that somebody kills."""
-    try:
-        workers = workers_at_work(process, folder)
-        if how == "killed worker":
-            os.kill(workers[0], signal.SIGINT)  # ends it at once, as Ctrl-C in a terminal does
-        else:
-            process.send_signal(getattr(signal, how))
-        assert process.wait(30) != 0
-        assert_all_end(workers)
-        if how == "killed worker":
-            errors = process.communicate()[1]
-            assert process.returncode == 2
-            assert errors == "error: a worker process was killed, perhaps for lack of memory\n"
-    finally:
-        programs.end(process)
+    workers = workers_at_work(process, folder)
+    if how == "killed worker":
+        os.kill(workers[0], signal.SIGINT)  # ends it at once, as Ctrl-C in a terminal does
+    else:
+        process.send_signal(getattr(signal, how))
+    assert process.wait(30) != 0
+    assert_all_end(workers)
+    if how == "killed worker":
+        errors = process.communicate()[1]
+        assert process.returncode == 2
+        assert errors == "error: a worker process was killed, perhaps for lack of memory\n"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -982,12 +979,17 @@ def programs_that_end(tmp_path_factory):
     # Tests that run in the background may ignore Ctrl-C, and so would the programs that they start.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     with ThreadPoolExecutor() as pool:
+        processes = []
         found = {}
         for how in ["SIGINT", "SIGTERM", "killed worker"]:
             folder = tmp_path_factory.mktemp("ended")
-            found[how] = pool.submit(end_program, start_program(folder, words), how, folder)
+            process = start_program(folder, words)
+            processes.append(process)
+            found[how] = pool.submit(end_program, process, how, folder)
         signal.signal(signal.SIGINT, handler)
         yield found
+        for process in processes:
+            programs.end(process)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")

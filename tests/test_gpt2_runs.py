@@ -103,11 +103,6 @@ def commands(tmp_path_factory):
     env["HF_HOME"] = str(folder / "home")
     process = programs.begin(folder, SCRIPT, "--model", "nobody/nothing", **env)
     found["unknown model"] = (process, folder)
-
-    folder = tmp_path_factory.mktemp("pipe")
-    words = ["--model", TINY, "--no-tensorboard", "--response-length", "5"]
-    process = programs.begin_with_a_closed_pipe(folder, SCRIPT, *words)
-    found["closed pipe"] = (process, folder)
     yield found
     for process, _ in found.values():
         programs.end(process)
@@ -844,25 +839,12 @@ def test_a_model_that_cannot_be_saved_leaves_its_results_and_itself(monkeypatch,
     assert load(part)[0].config.n_embd == 32
 
 
-def test_an_output_that_has_only_ascii(monkeypatch):
-    """It has neither Greek letters nor the tokens of a random model; they become question marks."""
-    printed = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    with pytest.raises(SystemExit) as stop:
-        programs.run_as_program(SCRIPT, "--help", printed, monkeypatch)
-    assert stop.value.code == 0 and b"?" in printed.buffer.getvalue()
-
+def test_texts_on_an_output_that_has_only_ascii(monkeypatch):
+    """It lacks tokens of a random model; they become question marks."""
     printed = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     words = "--pretrain-steps 1 --total-episodes 4 --batch-size 4 --eval-samples 4 --no-tensorboard"
     programs.run_as_program(SCRIPT, words, printed, monkeypatch)
     assert b"?" in printed.buffer.getvalue()
-
-
-def test_help_is_printed_in_a_notebook(monkeypatch):
-    """There the standard output has no reconfigure."""
-    printed = io.StringIO()
-    with pytest.raises(SystemExit) as stop:
-        programs.run_as_program(SCRIPT, "--help", printed, monkeypatch)
-    assert stop.value.code == 0 and "--seed" in printed.getvalue()
 
 
 def test_the_model_is_saved_before_texts_are_printed(monkeypatch, tmp_path):
@@ -876,12 +858,6 @@ def test_the_model_is_saved_before_texts_are_printed(monkeypatch, tmp_path):
     with pytest.raises(OSError, match="No space left"):
         run(save_dir="saved")
     assert (tmp_path / "saved" / "model.safetensors").exists()
-
-
-def test_a_closed_pipe_ends_a_run_in_one_line(commands):
-    process, _ = commands["closed pipe"]
-    _, error = process.communicate()
-    assert process.returncode == 2 and error == "error: [Errno 32] Broken pipe\n"
 
 
 def test_runs_of_one_second_have_folders_of_their_own():

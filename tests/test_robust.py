@@ -1,4 +1,4 @@
-"""What real use does to the scripts of the toy task: consoles, disks, sweeps, users' rewards."""
+"""What real use does to the scripts: consoles, disks, sweeps, users' rewards."""
 
 import copy
 import inspect
@@ -14,10 +14,10 @@ import numpy
 import programs
 import pytest
 import torch
-from programs import run_as_program
 
 import digits_sum20
 import dpo
+import gpt2_sentiment
 import grpo
 import ppo
 import reinforce
@@ -25,8 +25,8 @@ import reward_model
 
 SCRIPTS = [reinforce, ppo, grpo, dpo, reward_model]
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-each_with_digits = pytest.mark.parametrize(
-    "script", [*SCRIPTS, digits_sum20], ids=lambda script: script.__name__
+each_of_all_scripts = pytest.mark.parametrize(
+    "script", [*SCRIPTS, digits_sum20, gpt2_sentiment], ids=lambda script: script.__name__
 )
 
 
@@ -330,7 +330,7 @@ def test_where_saving_fails_a_run_ends_with_the_result_and_one_line(monkeypatch,
     words = f"--sft-steps 2 --no-tensorboard --total-episodes 256 --save-path {'x' * 250}"
     printed = io.StringIO()
     with pytest.raises(SystemExit) as stop:
-        run_as_program(path_of(ppo), words, printed, monkeypatch)
+        programs.run_as_program(path_of(ppo), words, printed, monkeypatch)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "held-out" in printed.getvalue()
     assert error.startswith("error: ") and "too long" in error and error.count("\n") == 1
@@ -340,27 +340,27 @@ def test_a_copy_under_another_name_makes_files_that_the_others_read(tmp_path, mo
     copy = tmp_path / "my_rm.py"
     shutil.copy(path_of(reward_model), copy)
     words = "--num-examples 32 --epochs 1 --sft-steps 2 --no-tensorboard --save-path rm.pt"
-    run_as_program(copy, words, sys.stdout, monkeypatch)
+    programs.run_as_program(copy, words, sys.stdout, monkeypatch)
     ppo.main(few(ppo, reward_model=tmp_path / "rm.pt"))
 
 
 # ---------------------------------------------------------------------------- Output
-@each_with_digits
+@each_of_all_scripts
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_help_is_printed_whatever_the_encoding(script, encoding, monkeypatch):
     printed = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     with pytest.raises(SystemExit) as stop:
-        run_as_program(path_of(script), "--help", printed, monkeypatch)
+        programs.run_as_program(path_of(script), "--help", printed, monkeypatch)
     assert stop.value.code == 0 and b"--seed" in printed.buffer.getvalue()
     assert b"?" in printed.buffer.getvalue()  # for the Greek letters
 
 
-@each_with_digits
+@each_of_all_scripts
 def test_help_is_printed_in_a_notebook(script, monkeypatch):
     """There the standard output has no reconfigure."""
     printed = io.StringIO()
     with pytest.raises(SystemExit) as stop:
-        run_as_program(path_of(script), "--help", printed, monkeypatch)
+        programs.run_as_program(path_of(script), "--help", printed, monkeypatch)
     assert stop.value.code == 0 and "--seed" in printed.getvalue()
 
 
@@ -372,7 +372,7 @@ def test_a_run_ends_well_where_the_output_is_ascii(script, monkeypatch, capsys):
     else:
         words += " --num-examples 32 --epochs 1 --ensemble-size 1"
     printed = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    run_as_program(path_of(script), words, printed, monkeypatch)
+    programs.run_as_program(path_of(script), words, printed, monkeypatch)
     assert b"held-out" in printed.buffer.getvalue() and capsys.readouterr().err == ""
     assert Path("saved.pt").exists()
 
@@ -384,24 +384,31 @@ def test_all_scripts_of_the_toy_start_main_alike():
 
 @pytest.fixture(scope="module", autouse=True)
 def with_a_closed_pipe(tmp_path_factory):
-    """Two commands whose output nobody reads; they run beside the tests."""
+    """Commands whose output nobody reads; they run beside the tests."""
     folder = tmp_path_factory.mktemp("pipe")
-    lines = {
-        "ppo": "--no-tensorboard --sft-steps 2",
-        "digits_sum20": "--no-tensorboard --epochs 200 --method rl",
+    reader, writer = os.pipe()
+    os.close(reader)
+    tiny = programs.ROOT / "tests" / "data" / "gpt2-tiny"
+    flags = {
+        ppo: ["--sft-steps", "2"],
+        digits_sum20: ["--epochs", "200", "--method", "rl"],
+        gpt2_sentiment: ["--model", tiny, "--response-length", "5"],
     }
     started = {}
-    for name, words in lines.items():
-        path = programs.ROOT / f"{name}.py"
-        started[name] = programs.begin_with_a_closed_pipe(folder, path, *words.split())
+    for script, words in flags.items():
+        words = [path_of(script), "--no-tensorboard", *words]
+        started[script] = programs.begin(folder, *words, stdout=writer)
+    os.close(writer)
     yield started
     for process in started.values():
         programs.end(process)
 
 
-@pytest.mark.parametrize("name", ["ppo", "digits_sum20"])
-def test_a_closed_pipe_ends_a_run_in_one_line(name, with_a_closed_pipe):
-    process = with_a_closed_pipe[name]
+@pytest.mark.parametrize(
+    "script", [ppo, digits_sum20, gpt2_sentiment], ids=lambda script: script.__name__
+)
+def test_a_closed_pipe_ends_a_run_in_one_line(script, with_a_closed_pipe):
+    process = with_a_closed_pipe[script]
     _, error = process.communicate()
     assert process.returncode == 2 and error == "error: [Errno 32] Broken pipe\n"
 
@@ -413,7 +420,7 @@ def test_a_full_disk_under_the_curves_is_one_line(monkeypatch):
 
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Writer)
     with pytest.raises(SystemExit) as stop:
-        run_as_program(path_of(ppo), "--sft-steps 0", sys.stdout, monkeypatch)
+        programs.run_as_program(path_of(ppo), "--sft-steps 0", sys.stdout, monkeypatch)
     assert stop.value.code == 2
 
 
@@ -439,7 +446,7 @@ def test_a_closed_keyboard_ends_the_questions(monkeypatch, capsys):
     words = "--annotate 3 --preferences mine.jsonl --sft-steps 2"
     with open(os.devnull) as nothing:
         monkeypatch.setattr(sys, "stdin", nothing)
-        run_as_program(path_of(reward_model), words, sys.stdout, monkeypatch)
+        programs.run_as_program(path_of(reward_model), words, sys.stdout, monkeypatch)
     assert capsys.readouterr().err == ""
     assert Path("mine.jsonl").read_text() == ""
 
