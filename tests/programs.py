@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import importlib
 import inspect
 import itertools
 import os
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -177,6 +179,15 @@ def record_curves(monkeypatch, script):
 def values(curve):
     """The values of a curve, without their steps."""
     return [value for _, value in curve]
+
+
+def long_run(name, **flags):
+    """Run a script with these flags. Returns what main() returns, and the curves."""
+    script = importlib.import_module(name)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(script, "sft", remember_sft(script))
+        curves = record_curves(monkeypatch, script)
+        return script.main(script.Args(**flags)), curves
 
 
 def check_whitened(policy_losses, num_minibatches):

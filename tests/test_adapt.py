@@ -1,9 +1,12 @@
 """The edits of "Use your own model" and docs/own_model.md give programs that learn."""
 
+import contextlib
+import functools
 import importlib.util
 import json
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 import programs
@@ -65,8 +68,12 @@ MEMORY = chapter("docs/own_model.md", "Less memory, and texts in TensorBoard")
 
 
 # ---------------------------------------------------------------------------- Tiny real models
-def save_model(kind, folder):
-    """A random Llama or GPT-2 of transformers, and a byte-level BPE tokenizer, in a folder."""
+MODELS = tempfile.TemporaryDirectory()
+
+
+@functools.cache
+def tiny_model(kind):
+    """A folder with a random Llama or GPT-2 of transformers and a byte-level BPE tokenizer."""
     transformers = pytest.importorskip("transformers")  # no requirement of the scripts
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -108,24 +115,33 @@ def save_model(kind, folder):
             initializer_range=0.1,
         )
         model = transformers.GPT2LMHeadModel(config)
+    folder = Path(MODELS.name) / kind
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
 
 
-@pytest.fixture(params=["llama", "gpt2"])
-def folder(request, tmp_path, monkeypatch):
-    """A working folder with a model, questions and pairs; the edits name the model tiny."""
-    monkeypatch.chdir(tmp_path)
-    save_model(request.param, "tiny")
+@contextlib.contextmanager
+def working_folder(kind):
+    """Work in a folder with a model, questions and pairs; the edits name the model tiny."""
     examples = []
     pairs = []
     for i in range(20):
         question = f"say {'something long and ' * (i % 3)}blue or red {i}"
         examples.append({"question": question, "answer": "e"})
         pairs.append({"prompt": question, "chosen": "a blue one", "rejected": "red" * (i % 2 + 1)})
-    Path("examples.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in examples))
-    Path("pairs.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in pairs))
-    return tmp_path
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        Path("tiny").symlink_to(tiny_model(kind))
+        Path("examples.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in examples))
+        Path("pairs.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in pairs))
+        yield monkeypatch
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def folder(request):
+    with working_folder(request.param):
+        yield
 
 
 def load_tiny(name, source):
@@ -187,13 +203,27 @@ def alone(model, prompt, response, pad):
     return logprobs.gather(1, response[:, None]).squeeze(1)
 
 
-def test_grpo_learns_on_a_hugging_face_model(folder, monkeypatch):
-    script = make_grpo()
-    curves = programs.record_curves(monkeypatch, script)
-    losses = programs.spy(monkeypatch, script, "grpo_loss")
-    result = script.main(script.Args(**GRPO_FLAGS | {"tensorboard": True}))
-    assert losses[0][1][1]["ratio"] == pytest.approx(1, abs=1e-5)
-    scores = programs.values(curves["charts/score"])
+def learns(function):
+    """For a test on two kinds of model: the function is called with each, beside the tests."""
+    kinds = [
+        pytest.param(kind, marks=pytest.mark.beside(function, kind)) for kind in ["llama", "gpt2"]
+    ]
+    return pytest.mark.parametrize("kind", kinds)
+
+
+def run_grpo(kind):
+    with working_folder(kind) as monkeypatch:
+        script = make_grpo()
+        curves = programs.record_curves(monkeypatch, script)
+        losses = programs.spy(monkeypatch, script, "grpo_loss")
+        result = script.main(script.Args(**GRPO_FLAGS | {"tensorboard": True}))
+    return result, programs.values(curves["charts/score"]), losses[0][1][1]["ratio"].item()
+
+
+@learns(run_grpo)
+def test_grpo_learns_on_a_hugging_face_model(kind, beside):
+    result, scores, first_ratio = beside
+    assert first_ratio == pytest.approx(1, abs=1e-5)
     assert sum(scores[:3]) / 3 < 0.7
     assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.2
     assert result["success"] > result["success_before"] + 0.2
@@ -298,49 +328,65 @@ def test_the_check_of_the_logits_sees_a_wrong_model(folder, monkeypatch):
             exec(check, vars(script))
 
 
-def test_ppo_learns_on_a_hugging_face_model(folder, monkeypatch):
-    script = make_ppo()
-    steps = programs.spy(
-        monkeypatch,
-        torch.optim.AdamW,
-        "step",
-        before=lambda optimizer: [group["lr"] for group in optimizer.param_groups],
-    )
-    result = script.main(script.Args(**PPO_FLAGS | {"gae_lambda": 1.0}))
-    rates = [noted for _, _, noted in steps]
+def learning_rates(optimizer):
+    return [group["lr"] for group in optimizer.param_groups]
+
+
+def run_ppo(kind):
+    with working_folder(kind) as monkeypatch:
+        script = make_ppo()
+        steps = programs.spy(monkeypatch, torch.optim.AdamW, "step", before=learning_rates)
+        result = script.main(script.Args(**PPO_FLAGS | {"gae_lambda": 1.0}))
+    return result, [noted for _, _, noted in steps]
+
+
+@learns(run_ppo)
+def test_ppo_learns_on_a_hugging_face_model(kind, beside):
+    result, rates = beside
     assert len(rates) == 45 and all(critic == 1e-3 for _, critic in rates)
     assert max(policy for policy, _ in rates) == 3e-3
     assert result["success"] > result["success_before"] + 0.2
 
 
-def test_reinforce_learns_on_a_hugging_face_model(folder):
-    script = make_reinforce()
+def run_reinforce(kind):
     names = ("tensorboard", "sft_steps", "learning_rate", "batch_size", "total_episodes", "kl_coef")
-    result = script.main(script.Args(**{name: PPO_FLAGS[name] for name in names}))
+    with working_folder(kind):
+        script = make_reinforce()
+        return script.main(script.Args(**{name: PPO_FLAGS[name] for name in names}))
+
+
+@learns(run_reinforce)
+def test_reinforce_learns_on_a_hugging_face_model(kind, beside):
+    result = beside
     assert result["success"] > result["success_before"] + 0.2
 
 
-@pytest.mark.parametrize("folder", ["llama"], indirect=True)  # one of them: it takes longest
-def test_a_reward_model_is_learned_and_maximised_on_a_hugging_face_model(folder, monkeypatch):
-    learner = make_reward_model()
+def run_with_reward_model(kind):
     path = Path("rm.pt")
-    learner.main(
-        learner.Args(
-            tensorboard=False,
-            sft_steps=0,
-            num_examples=1024,
-            minibatch_size=32,
-            annotator_temperature=0.1,
-            learning_rate=1e-2,
-            weight_decay=0.1,
-            save_path=path,
+    with working_folder(kind) as monkeypatch:
+        learner = make_reward_model()
+        learner.main(
+            learner.Args(
+                tensorboard=False,
+                sft_steps=0,
+                num_examples=1024,
+                minibatch_size=32,
+                annotator_temperature=0.1,
+                learning_rate=1e-2,
+                weight_decay=0.1,
+                save_path=path,
+            )
         )
-    )
-    script = make_ppo()
-    curves = programs.record_curves(monkeypatch, script)
-    flags = {"tensorboard": True, "reward_model": path}
-    script.main(script.Args(**PPO_FLAGS | flags))
-    scores = programs.values(curves["charts/true_score"])
+        script = make_ppo()
+        curves = programs.record_curves(monkeypatch, script)
+        flags = {"tensorboard": True, "reward_model": path}
+        script.main(script.Args(**PPO_FLAGS | flags))
+    return programs.values(curves["charts/true_score"])
+
+
+@pytest.mark.beside(run_with_reward_model, "llama")
+def test_a_reward_model_is_learned_and_maximised_on_a_hugging_face_model(beside):
+    scores = beside
     assert sum(scores[-5:]) / 5 > sum(scores[:5]) / 5 + 0.4
 
 

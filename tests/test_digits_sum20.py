@@ -584,31 +584,28 @@ def test_a_run_takes_one_thread():
 
 
 # ---------------------------------------------------------------------------- What the rows show
-@pytest.fixture(scope="module")
-def short_runs():
-    """The RL rows of the post, 400 epochs."""
-    methods = ("rl", "rl-entropy", "rl-distance", "rl-sharp")
-    return {method: results(method, 400, 1) for method in methods}
+def two_rows(epochs, *methods):
+    return [results(method, epochs) for method in methods]
 
 
-def test_rl_collapses_and_entropy_prevents_it(short_runs):
-    collapsed = short_runs["rl"]
-    lively = short_runs["rl-entropy"]
+@pytest.mark.beside(two_rows, 400, "rl", "rl-entropy")
+def test_rl_collapses_and_entropy_prevents_it(beside):
+    collapsed, lively = beside
     assert collapsed["eval/distinct"] <= 8 and lively["eval/distinct"] >= 40
     assert collapsed["train/entropy"] < 0.5 < lively["train/entropy"]
     assert collapsed["train/accuracy"] < 0.4 and lively["train/accuracy"] > 0.85
 
 
-def test_a_sharp_reward_beats_distance(short_runs):
-    distance = short_runs["rl-distance"]
-    sharp = short_runs["rl-sharp"]
+@pytest.mark.beside(two_rows, 400, "rl-distance", "rl-sharp")
+def test_a_sharp_reward_beats_distance(beside):
+    distance, sharp = beside
     assert sharp["train/accuracy"] > distance["train/accuracy"] + 0.15
     assert sharp["eval/accuracy"] > distance["eval/accuracy"]
 
 
-def test_weight_decay_generalises():
-    plain = results("sl", 1000, 1)
-    decayed = results("sl-weight-decay", 1000, 1)
+@pytest.mark.beside(two_rows, 1000, "sl", "sl-weight-decay")
+def test_weight_decay_generalises(beside):
+    plain, decayed = beside
     assert plain["train/accuracy"] > 0.99 and plain["train/cross_entropy"] < 2
     assert plain["eval/cross_entropy"] > decayed["eval/cross_entropy"] + 0.3
 
@@ -618,10 +615,10 @@ def test_after_sl_the_first_rl_epoch_is_often_right():
     assert results("sl-then-rl", 301, sft_fraction=0.997)["train/accuracy"] > 0.7
 
 
-def test_improved_rl_generalises_as_well_as_it_trains():
-    found = results("rl-improved", 1000, 1)
-    assert found["eval/accuracy"] > 0.65 and found["eval/distinct"] > 25
-    assert abs(found["eval/accuracy"] - found["train/accuracy"]) < 0.1
+@pytest.mark.beside(results, "rl-improved", 1000)
+def test_improved_rl_generalises_as_well_as_it_trains(beside):
+    assert beside["eval/accuracy"] > 0.65 and beside["eval/distinct"] > 25
+    assert abs(beside["eval/accuracy"] - beside["train/accuracy"]) < 0.1
 
 
 # ---------------------------------------------------------------------------- Flags

@@ -868,12 +868,14 @@ def test_evaluation_is_on_held_out_prompts_at_temperature_1(monkeypatch):
         assert not any(p.requires_grad for p in call["reference"].parameters())
 
 
-def test_success_rises(monkeypatch):
-    """A short run on all held-out prompts: the policy learns what the pairs say."""
-    monkeypatch.setattr(dpo, "make_prompts", make_prompts)  # three held-out prompts say little
-    curves = programs.record_curves(monkeypatch, dpo)
-    flags = {"num_pairs": 6000, "epochs": 2, "minibatch_size": 128, "learning_rate": 1e-3}
-    result = dpo.main(dpo.Args(beta=1.0, annotator_temperature=0.1, **flags))
+LEARNING = {"num_pairs": 6000, "epochs": 2, "minibatch_size": 128, "learning_rate": 1e-3}
+LEARNING |= {"beta": 1.0, "annotator_temperature": 0.1}
+
+
+@pytest.mark.beside(programs.long_run, "dpo", **LEARNING)
+def test_success_rises(beside):
+    """The policy learns what the pairs say."""
+    result, curves = beside
     assert 0.4 < result["success_before"] < 0.8
     assert result["success"] > result["success_before"] + 0.08
     chosen = programs.values(curves["rewards/chosen"])[-1]

@@ -437,9 +437,12 @@ def test_the_largest_fall_is_below_the_best_so_far():
     assert run.largest_fall(run.printed_scores(output[:2])) == 0
 
 
-def test_a_run_of_the_benchmark_has_exact_and_sampled_results():
-    command = "ppo.py --total-episodes 512 --batch-size 128 --sft-steps 20"
-    found, output = run.measure(command, 3, 1)
+BENCHMARK = "ppo.py --total-episodes 512 --batch-size 128 --sft-steps 20"
+
+
+@pytest.mark.beside(run.measure, BENCHMARK, seed=3, threads=1)
+def test_a_run_of_the_benchmark_has_exact_and_sampled_results(beside):
+    found, output = beside
     assert output[-1].startswith("held-out success")
     assert found["sampled_success"] == pytest.approx(float(output[-1].split()[4]), abs=6e-4)
     assert abs(found["sampled_success"] - found["success"]) < 5 * found["sampled_success_error"]

@@ -344,15 +344,22 @@ def test_advantages_are_whitened_over_the_rollout(monkeypatch):
 # ---------------------------------------------------------------- Learning
 
 
-def test_reward_rises(monkeypatch):
-    """A reward of 1 for every letter e, from 0.1 a response to more than one."""
+def letters(prompts, responses, kind, lexicon):
+    """A reward of 1 for every letter e."""
+    return [float(text.count("e")) for text in responses]
 
-    def letters(prompts, responses, kind, lexicon):
-        return [float(text.count("e")) for text in responses]
 
-    monkeypatch.setattr(gpt2, "score_texts", letters)
+def learn_letters():
     flags = {"total_episodes": 32 * 25, "batch_size": 32, "eval_samples": 64, "kl_coef": 0.02}
-    result = run(**flags, response_length=6, update_epochs=4, num_minibatches=2)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(gpt2, "score_texts", letters)
+        return run(**flags, response_length=6, update_epochs=4, num_minibatches=2)
+
+
+@pytest.mark.beside.with_args(learn_letters)
+def test_reward_rises(beside):
+    """From 0.1 a response to more than one."""
+    result = beside
     assert result["reward_before"] < 0.5 < 1.0 < result["reward"]
     assert result["held_out_reward"] > result["held_out_reward_before"] + 0.5
     assert result["kl"] > 0.1 and result["win_rate"] > 0.6

@@ -785,9 +785,9 @@ def test_kl_coefficient_holds_the_policy_back():
     assert run(kl_coef=2.0, **flags)["kl"] < 0.5 * run(**flags)["kl"]
 
 
-def test_success_rises(monkeypatch):
-    monkeypatch.setattr(grpo, "make_prompts", make_prompts)  # three held-out prompts say little
-    result = grpo.main(grpo.Args(total_episodes=6_400, batch_size=128, tensorboard=False))
+@pytest.mark.beside(programs.long_run, "grpo", total_episodes=6_400, batch_size=128)
+def test_success_rises(beside):
+    result, _ = beside
     assert 0.4 < result["success_before"] < 0.8
     assert result["success"] > result["success_before"] + 0.1
 

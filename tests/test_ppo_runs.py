@@ -267,9 +267,9 @@ def test_returns_are_those_before_whitening_and_clipping(monkeypatch):
 
 
 # ---------------------------------------------------------------------------- Learning
-def test_success_rises_from_that_of_the_reference(monkeypatch):
-    monkeypatch.setattr(ppo, "make_prompts", make_prompts)  # three held-out prompts say little
-    result = ppo.main(ppo.Args(total_episodes=7_680, tensorboard=False))
+@pytest.mark.beside(programs.long_run, "ppo", total_episodes=7_680)
+def test_success_rises_from_that_of_the_reference(beside):
+    result, _ = beside
     assert 0.4 < result["success_before"] < 0.8
     assert result["success"] > result["success_before"] + 0.1
     assert 0 < result["kl"] < 2

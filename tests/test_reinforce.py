@@ -599,11 +599,12 @@ def test_policy_and_reference_are_evaluated_on_held_out_prompts(monkeypatch):
         assert logged == pytest.approx([before[name], after[name]])
 
 
-def test_success_rises(monkeypatch):
-    monkeypatch.setattr(reinforce, "make_prompts", make_prompts)  # three prompts say little
-    result = reinforce.main(
-        reinforce.Args(total_episodes=10_240, batch_size=128, learning_rate=1e-3, tensorboard=False)
-    )
+LEARNING = {"total_episodes": 10_240, "batch_size": 128, "learning_rate": 1e-3}
+
+
+@pytest.mark.beside(programs.long_run, "reinforce", **LEARNING)
+def test_success_rises(beside):
+    result, _ = beside
     assert 0.4 < result["success_before"] < 0.8
     assert result["success"] > result["success_before"] + 0.1
     assert 0 < result["kl"] < 3
@@ -637,14 +638,25 @@ def test_the_critic_learns(monkeypatch):
     assert sum(errors[-10:]) / 10 < 0.7 * errors[0]
 
 
-def test_a_kl_penalty_keeps_the_policy_near_and_a_bonus_raises_the_entropy(monkeypatch):
-    def last(tag, **flags):
-        curves = programs.record_curves(monkeypatch, reinforce)
-        run(total_episodes=2560, learning_rate=5e-4, tensorboard=True, **flags)
-        return sum(programs.values(curves[tag])[-5:]) / 5
+def last_values(*tags, **flags):
+    """Means over the last five of 40 rollouts."""
+    flags = {"total_episodes": 2560, "batch_size": 64, "sft_steps": 40, **flags}
+    _, curves = programs.long_run("reinforce", learning_rate=5e-4, **flags)
+    return [sum(programs.values(curves[tag])[-5:]) / 5 for tag in tags]
 
-    assert last("charts/kl", kl_coef=2.0) < 0.4 * last("charts/kl")
-    assert last("losses/entropy", ent_coef=1.0) > last("losses/entropy") + 1
+
+def with_and_without_a_price():
+    kl, entropy = last_values("charts/kl", "losses/entropy")
+    (kl_with_penalty,) = last_values("charts/kl", kl_coef=2.0)
+    (entropy_with_bonus,) = last_values("losses/entropy", ent_coef=1.0)
+    return kl, kl_with_penalty, entropy, entropy_with_bonus
+
+
+@pytest.mark.beside.with_args(with_and_without_a_price)
+def test_a_kl_penalty_keeps_the_policy_near_and_a_bonus_raises_the_entropy(beside):
+    kl, kl_with_penalty, entropy, entropy_with_bonus = beside
+    assert kl_with_penalty < 0.4 * kl
+    assert entropy_with_bonus > entropy + 1
 
 
 def test_same_seed_same_result(monkeypatch):

@@ -1287,19 +1287,31 @@ def test_a_step_that_is_not_finite_stops_the_run_and_saves_nothing(monkeypatch, 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("kind", LEARN_FROM)
-def test_learning_finds_an_easy_reward(kind, monkeypatch):
-    """Is the first digit above 4? Feedback of each kind teaches it in a few steps."""
+def easy(targets, responses):
+    """Is the first digit above 4?"""
+    return ((responses[:, 0] > 4) & (responses[:, 0] != EOS)).float()
 
-    def easy(targets, responses):
-        return ((responses[:, 0] > 4) & (responses[:, 0] != EOS)).float()
 
-    monkeypatch.setattr(reward_model, "reward", easy)
+def learn_an_easy_reward(kind):
     flags = {"num_examples": 2048, "minibatch_size": 16}
     if kind == "labels":  # one response per example: slower
         flags = {"num_examples": 4096, "minibatch_size": 16, "epochs": 2}
     if kind == "demonstrations":
         flags = {"num_examples": 1024, "num_samples": 3}
-    result = run(learn_from=kind, annotator_temperature=0.25, **flags)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(reward_model, "reward", easy)
+        monkeypatch.setattr(reward_model, "sft", programs.remember_sft(reward_model))
+        return run(learn_from=kind, annotator_temperature=0.25, **flags)
+
+
+KINDS = [
+    pytest.param(kind, marks=pytest.mark.beside(learn_an_easy_reward, kind)) for kind in LEARN_FROM
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_learning_finds_an_easy_reward(kind, beside):
+    """Feedback of each kind teaches it in a few steps."""
+    result = beside
     assert result["accuracy"] > result["bayes_accuracy"] - 0.02
     assert result["correlation"] > 0.7  # scores may have a constant per prompt
