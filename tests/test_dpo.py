@@ -910,12 +910,16 @@ CHOICES = [
 ]
 
 
-def test_every_flag_and_choice_changes_the_outcome(tmp_path):
-    random_preferences(tmp_path / "pairs.jsonl")
-    results = [run()]
-    for flags in CHOICES:
-        results.append(run(**flags))
-    results.append(run(preferences=tmp_path / "pairs.jsonl"))
+def outcomes():
+    random_preferences(Path("pairs.jsonl"))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        programs.shorten_runs(monkeypatch, Path.cwd(), dpo)
+        return [run(**flags) for flags in [{}, *CHOICES, {"preferences": Path("pairs.jsonl")}]]
+
+
+@pytest.mark.beside.with_args(outcomes)
+def test_every_flag_and_choice_changes_the_outcome(beside):
+    results = beside
     assert all(math.isfinite(value) for result in results for value in result.values())
     assert len({result["kl"] for result in results}) == len(results)
 

@@ -825,9 +825,16 @@ CHOICES = [
 ]
 
 
-def test_every_flag_and_choice_changes_the_outcome(monkeypatch):
-    monkeypatch.setattr(grpo, "reward", three_scores)
-    results = [run(sft_steps=2), *[run(**({"sft_steps": 2} | flags)) for flags in CHOICES]]
+def outcomes():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        programs.shorten_runs(monkeypatch, Path.cwd(), grpo)
+        monkeypatch.setattr(grpo, "reward", three_scores)
+        return [run(sft_steps=2), *[run(**({"sft_steps": 2} | flags)) for flags in CHOICES]]
+
+
+@pytest.mark.beside.with_args(outcomes)
+def test_every_flag_and_choice_changes_the_outcome(beside):
+    results = beside
     for result in results:
         assert all(math.isfinite(value) for value in result.values())
     assert len({result["kl"] for result in results}) == len(results)

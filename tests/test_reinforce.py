@@ -3,6 +3,7 @@
 import math
 import statistics
 import typing
+from pathlib import Path
 
 import exact
 import oracle
@@ -610,30 +611,29 @@ def test_success_rises(beside):
     assert 0 < result["kl"] < 3
 
 
-def scores_of_training(monkeypatch, tag, **flags):
-    """Mean score of the first 3 and of the last 10 of 40 rollouts."""
-    curves = programs.record_curves(monkeypatch, reinforce)
-    flags = {"batch_size": 128, "total_episodes": 40 * 128, "sft_steps": 100} | flags
-    run(tensorboard=True, learning_rate=1e-3, **flags)
-    scores = programs.values(curves[tag])
-    return sum(scores[:3]) / 3, sum(scores[-10:]) / 10
+SHORTER = LEARNING | {"total_episodes": 40 * 128}  # 40 rollouts
 
 
-def test_reward_weighted_regression_learns(monkeypatch):
-    first, last = scores_of_training(monkeypatch, "charts/score", objective="rwr")
-    assert last > first + 0.04
+@pytest.mark.beside(programs.long_run, "reinforce", objective="rwr", **SHORTER)
+def test_reward_weighted_regression_learns(beside):
+    _, curves = beside
+    scores = programs.values(curves["charts/score"])
+    assert sum(scores[-10:]) / 10 > sum(scores[:3]) / 3 + 0.04
 
 
-def test_a_process_reward_is_learned(monkeypatch):
-    flags = {"reward": "process", "baseline": "value"}
-    first, last = scores_of_training(monkeypatch, "charts/true_score", **flags)
-    assert last > first + 0.08
+@pytest.mark.beside(programs.long_run, "reinforce", reward="process", baseline="value", **SHORTER)
+def test_a_process_reward_is_learned(beside):
+    _, curves = beside
+    scores = programs.values(curves["charts/true_score"])
+    assert sum(scores[-10:]) / 10 > sum(scores[:3]) / 3 + 0.08
 
 
-def test_the_critic_learns(monkeypatch):
-    curves = programs.record_curves(monkeypatch, reinforce)
-    flags = {"vf_coef": 1.0, "batch_size": 128, "total_episodes": 3840, "sft_steps": 100}
-    run(baseline="value", tensorboard=True, **flags)
+VALUE = {"baseline": "value", "vf_coef": 1.0, "batch_size": 128, "total_episodes": 3840}
+
+
+@pytest.mark.beside(programs.long_run, "reinforce", **VALUE)
+def test_the_critic_learns(beside):
+    _, curves = beside
     errors = programs.values(curves["losses/value_loss"])
     assert sum(errors[-10:]) / 10 < 0.7 * errors[0]
 
@@ -666,7 +666,7 @@ def test_same_seed_same_result(monkeypatch):
     assert run() == first
 
 
-def test_every_choice_changes_the_outcome():
+def outcomes():
     choices = [
         {},
         {"seed": 2},
@@ -690,7 +690,14 @@ def test_every_choice_changes_the_outcome():
         {"total_episodes": 192},
         {"sft_steps": 0},
     ]
-    results = [run(**flags) for flags in choices]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        programs.shorten_runs(monkeypatch, Path.cwd(), reinforce)
+        return [run(**flags) for flags in choices]
+
+
+@pytest.mark.beside.with_args(outcomes)
+def test_every_choice_changes_the_outcome(beside):
+    results = beside
     assert all(math.isfinite(value) for result in results for value in result.values())
     assert len({result["kl"] for result in results}) == len(results)
 

@@ -1169,10 +1169,11 @@ def test_a_policy_that_always_writes_the_same_is_refused(monkeypatch, capsys):
 
 
 # ---------------------------------------------------------------------------- Flags
-def test_same_seed_same_result_and_every_flag_changes_it(monkeypatch):
-    curves = programs.record_curves(monkeypatch, reward_model)
+def outcomes():
+    """What comes out and the losses, by flags. The reference succeeds half of the time."""
     save_policy("policy.pt")
     choices = [
+        {},
         {},
         {"learn_from": "labels"},
         {"learn_from": "demonstrations"},
@@ -1192,17 +1193,23 @@ def test_same_seed_same_result_and_every_flag_changes_it(monkeypatch):
         {"seed": 2, "sft_steps": 0},
     ]
 
-    def outcome(**flags):
-        """What comes out, and the losses. The reference succeeds half of the time."""
-        curves.clear()
-        result = run(**{"sft_steps": 100, "num_examples": 128, "tensorboard": True} | flags)
-        assert all(math.isfinite(value) for value in result.values())
-        return result, programs.values(curves["losses/loss"])
+    found = []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        programs.shorten_runs(monkeypatch, Path.cwd(), reward_model, held_out=8)
+        for flags in choices:
+            curves = programs.record_curves(monkeypatch, reward_model)
+            result = run(**{"sft_steps": 100, "num_examples": 128, "tensorboard": True} | flags)
+            found.append((result, programs.values(curves["losses/loss"])))
+    return found
 
-    results = [outcome(**flags) for flags in choices]
-    assert len({str(result) for result in results}) == len(results)
-    assert outcome() == results[0]
-    results = [result for result, _ in results]
+
+@pytest.mark.beside.with_args(outcomes)
+def test_same_seed_same_result_and_every_flag_changes_it(beside):
+    again, *found = beside
+    assert again == found[0]
+    assert len({str(outcome) for outcome in found}) == len(found)
+    results = [result for result, _ in found]
+    assert all(math.isfinite(value) for result in results for value in result.values())
     assert results[0]["deviation"] == 0 < results[7]["deviation"]
 
 
