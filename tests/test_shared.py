@@ -1,6 +1,7 @@
 """What holds for every script: one code under one name, flags that are read, honest headers."""
 
 import ast
+import functools
 import importlib
 import re
 import runpy
@@ -24,6 +25,7 @@ COMMON_WITH_DIGITS = {"seed", "tensorboard"}
 MEANING_DIFFERS = {"loss_type", "reward", "baseline"}
 
 
+@functools.cache
 def parse(path):
     return ast.parse(path.read_text()).body
 
