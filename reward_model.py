@@ -677,18 +677,12 @@ def annotate(policy, prompts, path, number):
         file = path.open("a", encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         fail(f"--preferences {path}: cannot be continued ({error})")
-    count = 0
-    for line_number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            parse_preference(line)
-        except ValueError as error:
-            fail(f"--preferences {path}: line {line_number}: {error}")
-        count += 1
+    if text.strip():
+        read_preferences(path, prompts[:0])  # exits on a bad line; no prompt is held out here
     if text and not text.endswith("\n"):
         file.write("\n")
 
+    count = len([line for line in text.split("\n") if line.strip()])
     torch.manual_seed(torch.initial_seed() + count)  # other pairs than in earlier sessions
     print(f"{path} has {count} of {number} pairs. {INSTRUCTIONS}")
     num_identical = 0  # in a row
