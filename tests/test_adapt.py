@@ -69,12 +69,18 @@ MEMORY = chapter("docs/own_model.md", "Less memory, and texts in TensorBoard")
 
 # ---------------------------------------------------------------------------- Tiny real models
 MODELS = tempfile.TemporaryDirectory()
+needs_transformers = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="needs transformers"
+)
+
+
+KINDS = ["llama", "gpt2"]
 
 
 @functools.cache
 def tiny_model(kind):
     """A folder with a random Llama or GPT-2 of transformers and a byte-level BPE tokenizer."""
-    transformers = pytest.importorskip("transformers")  # no requirement of the scripts
+    import transformers  # no requirement of the scripts
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -138,7 +144,7 @@ def working_folder(kind):
         yield monkeypatch
 
 
-@pytest.fixture(params=["llama", "gpt2"])
+@pytest.fixture(params=[pytest.param(kind, marks=needs_transformers) for kind in KINDS])
 def folder(request):
     with working_folder(request.param):
         yield
@@ -206,7 +212,8 @@ def alone(model, prompt, response, pad):
 def learns(function):
     """For a test on two kinds of model: the function is called with each, beside the tests."""
     kinds = [
-        pytest.param(kind, marks=pytest.mark.beside(function, kind)) for kind in ["llama", "gpt2"]
+        pytest.param(kind, marks=[needs_transformers, pytest.mark.beside(function, kind)])
+        for kind in KINDS
     ]
     return pytest.mark.parametrize("kind", kinds)
 
@@ -384,6 +391,7 @@ def run_with_reward_model(kind):
     return programs.values(curves["charts/true_score"])
 
 
+@needs_transformers
 @pytest.mark.beside(run_with_reward_model, "llama")
 def test_a_reward_model_is_learned_and_maximised_on_a_hugging_face_model(beside):
     scores = beside
