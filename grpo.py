@@ -664,9 +664,8 @@ def main(args):
 
 
 if __name__ == "__main__":
-    # Flush every line; print ? for characters that the output's encoding lacks.
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(errors="replace", line_buffering=True)
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)  # ? for what it cannot encode
     try:
         main(tyro.cli(Args, description=__doc__))
     except OSError as error:  # a full disk, a closed pipe

@@ -452,9 +452,8 @@ def main(args):
         true_scores = get_scores(train_targets[prompt_rows], responses)  # (B,)
         scores = true_scores
         if args.reward == "process":
-            token_scores = process_reward(train_targets[prompt_rows], responses.clone())  # (B, R)
-            token_scores = torch.as_tensor(token_scores, dtype=torch.float32, device=device)
-            token_scores = token_scores.detach()
+            rewards = process_reward(train_targets[prompt_rows], responses.clone())  # (B, R)
+            token_scores = torch.as_tensor(rewards, dtype=torch.float32, device=device).detach()
             if token_scores.shape != responses.shape or not token_scores.isfinite().all():
                 fail(f"process_reward must return finite rewards of shape {tuple(responses.shape)}")
             scores = masked_sum(token_scores, mask)
@@ -565,9 +564,8 @@ def main(args):
 
 
 if __name__ == "__main__":
-    # Flush every line; print ? for characters that the output's encoding lacks.
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(errors="replace", line_buffering=True)
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)  # ? for what it cannot encode
     try:
         main(tyro.cli(Args, description=__doc__))
     except OSError as error:  # a full disk, a closed pipe

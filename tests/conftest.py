@@ -1,8 +1,11 @@
+import contextlib
+import io
 import multiprocessing
 import os
+import signal
 import sys
+import traceback
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,38 +18,50 @@ torch.set_num_threads(1)  # the tensors are tiny: a second thread only costs
 
 
 def pytest_configure(config):
-    line = "beside(function, ...): a second process calls the function for the fixture beside"
-    config.addinivalue_line("markers", line)
+    config.addinivalue_line("markers", "beside(function, ...): see programs.beside")
 
 
 def pytest_collection_modifyitems(items):
-    """Files with much for the second process come last: then it is done when they come."""
-    much = Counter(test.path for test in items if test.get_closest_marker("beside"))
-    items.sort(key=lambda test: much[test.path])
+    """Files with the most tests marked beside come last, so that their results are ready."""
+    marked = Counter(test.path for test in items if test.get_closest_marker("beside"))
+    items.sort(key=lambda test: marked[test.path])
 
 
-def begin_work(folder):
-    """The second process works in an empty folder, on one core."""
-    torch.set_num_threads(1)
+def call(folder, function, args, more):
+    """In the second process: what the function returns, or what it printed and its error."""
     os.chdir(folder)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        try:
+            return function(*args, **more), None
+        except BaseException:
+            return None, printed.getvalue() + traceback.format_exc()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def work(request, tmp_path_factory):
-    """What takes long is done by a second process while other tests go on: a future by test."""
+    """Let a second process call the functions of the tests marked beside. Yields {test: result}."""
+    tests = [test for test in request.session.items if test.get_closest_marker("beside")]
+    if not tests:
+        yield {}
+        return
     context = multiprocessing.get_context("spawn")
-    folder = tmp_path_factory.mktemp("work")
-    with ProcessPoolExecutor(1, context, begin_work, [folder]) as pool:
-        futures = {}
-        for test in request.session.items:
-            mark = test.get_closest_marker("beside")
-            if mark:
-                futures[test.nodeid] = pool.submit(*mark.args, **mark.kwargs)
-        yield futures
-        pool.shutdown(cancel_futures=True)
+    # Ctrl-C is for the first process. When it leaves this block, the second one is ended.
+    with context.Pool(1, signal.signal, [signal.SIGINT, signal.SIG_IGN]) as pool:
+        results = {}
+        for test in tests:
+            assert "found" in test.fixturenames, f"{test.name} does not look at what is found"
+            function, *args = test.get_closest_marker("beside").args
+            more = test.get_closest_marker("beside").kwargs
+            job = (tmp_path_factory.mktemp("beside"), function, args, more)
+            results[test.nodeid] = pool.apply_async(call, job)
+        yield results
 
 
 @pytest.fixture
-def beside(request, work):
-    """What the function in the test's mark has returned in the second process."""
-    return work[request.node.nodeid].result()
+def found(request, work):
+    """What the function of the test's mark has returned."""
+    result, error = work[request.node.nodeid].get(timeout=600)
+    if error:
+        pytest.fail(error, pytrace=False)
+    return result

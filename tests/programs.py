@@ -181,6 +181,14 @@ def values(curve):
     return [value for _, value in curve]
 
 
+def beside(function, *args, **more):
+    """The mark of a test that takes long: a second process calls the function meanwhile.
+
+    The test finds what the function returns in its fixture found.
+    """
+    return pytest.mark.beside.with_args(function, *args, **more)
+
+
 def long_run(name, **flags):
     """Run a script with these flags. Returns what main() returns, and the curves."""
     script = importlib.import_module(name)
@@ -201,10 +209,10 @@ def check_whitened(policy_losses, num_minibatches):
 
 
 def begin(folder, *words, stdout=subprocess.PIPE, **env):
-    """Start python with these words. It runs beside the tests, on another core."""
+    """Start python with these words. It runs in the background, while the tests go on."""
     command = [sys.executable, *map(str, words)]
     pipes = {"stdout": stdout, "stderr": subprocess.PIPE, "text": True}
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}  # the tests have the other core
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}  # the other core has work, too
     return subprocess.Popen(command, cwd=folder, env=env, start_new_session=True, **pipes)
 
 

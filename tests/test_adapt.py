@@ -210,9 +210,9 @@ def alone(model, prompt, response, pad):
 
 
 def learns(function):
-    """For a test on two kinds of model: the function is called with each, beside the tests."""
+    """For a test on two kinds of model: a second process calls the function with each."""
     kinds = [
-        pytest.param(kind, marks=[needs_transformers, pytest.mark.beside(function, kind)])
+        pytest.param(kind, marks=[needs_transformers, programs.beside(function, kind)])
         for kind in KINDS
     ]
     return pytest.mark.parametrize("kind", kinds)
@@ -228,8 +228,8 @@ def run_grpo(kind):
 
 
 @learns(run_grpo)
-def test_grpo_learns_on_a_hugging_face_model(kind, beside):
-    result, scores, first_ratio = beside
+def test_grpo_learns_on_a_hugging_face_model(kind, found):
+    result, scores, first_ratio = found
     assert first_ratio == pytest.approx(1, abs=1e-5)
     assert sum(scores[:3]) / 3 < 0.7
     assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.2
@@ -348,8 +348,8 @@ def run_ppo(kind):
 
 
 @learns(run_ppo)
-def test_ppo_learns_on_a_hugging_face_model(kind, beside):
-    result, rates = beside
+def test_ppo_learns_on_a_hugging_face_model(kind, found):
+    result, rates = found
     assert len(rates) == 45 and all(critic == 1e-3 for _, critic in rates)
     assert max(policy for policy, _ in rates) == 3e-3
     assert result["success"] > result["success_before"] + 0.2
@@ -363,9 +363,8 @@ def run_reinforce(kind):
 
 
 @learns(run_reinforce)
-def test_reinforce_learns_on_a_hugging_face_model(kind, beside):
-    result = beside
-    assert result["success"] > result["success_before"] + 0.2
+def test_reinforce_learns_on_a_hugging_face_model(kind, found):
+    assert found["success"] > found["success_before"] + 0.2
 
 
 def run_with_reward_model(kind):
@@ -392,10 +391,9 @@ def run_with_reward_model(kind):
 
 
 @needs_transformers
-@pytest.mark.beside(run_with_reward_model, "llama")
-def test_a_reward_model_is_learned_and_maximised_on_a_hugging_face_model(beside):
-    scores = beside
-    assert sum(scores[-5:]) / 5 > sum(scores[:5]) / 5 + 0.4
+@programs.beside(run_with_reward_model, "llama")
+def test_a_reward_model_is_learned_and_maximised_on_a_hugging_face_model(found):
+    assert sum(found[-5:]) / 5 > sum(found[:5]) / 5 + 0.4
 
 
 def test_an_ensemble_of_hugging_face_models_gives_the_lower_bound_of_its_scores(folder):

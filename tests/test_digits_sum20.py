@@ -47,7 +47,7 @@ def start_program(folder, words, script=ROOT / "digits_sum20.py"):
 
 @pytest.fixture(scope="module", autouse=True)
 def started(tmp_path_factory):
-    """Two programs that run beside the tests: (process, folder) by name."""
+    """Two programs that run in the background: (process, folder) by name."""
     found = {}
     folder = tmp_path_factory.mktemp("three")
     words = "--no-tensorboard --method rl --epochs 20 --num-seeds 3"
@@ -588,24 +588,24 @@ def two_rows(epochs, *methods):
     return [results(method, epochs) for method in methods]
 
 
-@pytest.mark.beside(two_rows, 400, "rl", "rl-entropy")
-def test_rl_collapses_and_entropy_prevents_it(beside):
-    collapsed, lively = beside
+@programs.beside(two_rows, 400, "rl", "rl-entropy")
+def test_rl_collapses_and_entropy_prevents_it(found):
+    collapsed, lively = found
     assert collapsed["eval/distinct"] <= 8 and lively["eval/distinct"] >= 40
     assert collapsed["train/entropy"] < 0.5 < lively["train/entropy"]
     assert collapsed["train/accuracy"] < 0.4 and lively["train/accuracy"] > 0.85
 
 
-@pytest.mark.beside(two_rows, 400, "rl-distance", "rl-sharp")
-def test_a_sharp_reward_beats_distance(beside):
-    distance, sharp = beside
+@programs.beside(two_rows, 400, "rl-distance", "rl-sharp")
+def test_a_sharp_reward_beats_distance(found):
+    distance, sharp = found
     assert sharp["train/accuracy"] > distance["train/accuracy"] + 0.15
     assert sharp["eval/accuracy"] > distance["eval/accuracy"]
 
 
-@pytest.mark.beside(two_rows, 1000, "sl", "sl-weight-decay")
-def test_weight_decay_generalises(beside):
-    plain, decayed = beside
+@programs.beside(two_rows, 1000, "sl", "sl-weight-decay")
+def test_weight_decay_generalises(found):
+    plain, decayed = found
     assert plain["train/accuracy"] > 0.99 and plain["train/cross_entropy"] < 2
     assert plain["eval/cross_entropy"] > decayed["eval/cross_entropy"] + 0.3
 
@@ -615,10 +615,10 @@ def test_after_sl_the_first_rl_epoch_is_often_right():
     assert results("sl-then-rl", 301, sft_fraction=0.997)["train/accuracy"] > 0.7
 
 
-@pytest.mark.beside(results, "rl-improved", 1000)
-def test_improved_rl_generalises_as_well_as_it_trains(beside):
-    assert beside["eval/accuracy"] > 0.65 and beside["eval/distinct"] > 25
-    assert abs(beside["eval/accuracy"] - beside["train/accuracy"]) < 0.1
+@programs.beside(results, "rl-improved", 1000)
+def test_improved_rl_generalises_as_well_as_it_trains(found):
+    assert found["eval/accuracy"] > 0.65 and found["eval/distinct"] > 25
+    assert abs(found["eval/accuracy"] - found["train/accuracy"]) < 0.1
 
 
 # ---------------------------------------------------------------------------- Flags

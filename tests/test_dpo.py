@@ -872,10 +872,10 @@ LEARNING = {"num_pairs": 6000, "epochs": 2, "minibatch_size": 128, "learning_rat
 LEARNING |= {"beta": 1.0, "annotator_temperature": 0.1}
 
 
-@pytest.mark.beside(programs.long_run, "dpo", **LEARNING)
-def test_success_rises(beside):
+@programs.beside(programs.long_run, "dpo", **LEARNING)
+def test_success_rises(found):
     """The policy learns what the pairs say."""
-    result, curves = beside
+    result, curves = found
     assert 0.4 < result["success_before"] < 0.8
     assert result["success"] > result["success_before"] + 0.08
     chosen = programs.values(curves["rewards/chosen"])[-1]
@@ -917,11 +917,10 @@ def outcomes():
         return [run(**flags) for flags in [{}, *CHOICES, {"preferences": Path("pairs.jsonl")}]]
 
 
-@pytest.mark.beside.with_args(outcomes)
-def test_every_flag_and_choice_changes_the_outcome(beside):
-    results = beside
-    assert all(math.isfinite(value) for result in results for value in result.values())
-    assert len({result["kl"] for result in results}) == len(results)
+@programs.beside(outcomes)
+def test_every_flag_and_choice_changes_the_outcome(found):
+    assert all(math.isfinite(value) for result in found for value in result.values())
+    assert len({result["kl"] for result in found}) == len(found)
 
 
 def test_large_beta_holds_the_policy_back():

@@ -10,6 +10,7 @@ import frontier
 import gpt2_rewards
 import kl_estimators
 import oracle
+import programs
 import pytest
 import report
 import run
@@ -440,15 +441,15 @@ def test_the_largest_fall_is_below_the_best_so_far():
 BENCHMARK = "ppo.py --total-episodes 512 --batch-size 128 --sft-steps 20"
 
 
-@pytest.mark.beside(run.measure, BENCHMARK, seed=3, threads=1)
-def test_a_run_of_the_benchmark_has_exact_and_sampled_results(beside):
-    found, output = beside
+@programs.beside(run.measure, BENCHMARK, seed=3, threads=1)
+def test_a_run_of_the_benchmark_has_exact_and_sampled_results(found):
+    result, output = found
     assert output[-1].startswith("held-out success")
-    assert found["sampled_success"] == pytest.approx(float(output[-1].split()[4]), abs=6e-4)
-    assert abs(found["sampled_success"] - found["success"]) < 5 * found["sampled_success_error"]
-    assert abs(found["sampled_kl"] - found["kl"]) < 5 * found["sampled_kl_error"]
-    assert [episodes for episodes, _ in found["curve"]] == [128, 256, 384, 512]
-    assert found["seed"] == 3 and found["cpu_seconds"] > 0
+    assert result["sampled_success"] == pytest.approx(float(output[-1].split()[4]), abs=6e-4)
+    assert abs(result["sampled_success"] - result["success"]) < 5 * result["sampled_success_error"]
+    assert abs(result["sampled_kl"] - result["kl"]) < 5 * result["sampled_kl_error"]
+    assert [episodes for episodes, _ in result["curve"]] == [128, 256, 384, 512]
+    assert result["seed"] == 3 and result["cpu_seconds"] > 0
 
 
 def test_tables_are_made_of_results_and_stay_without_them(tmp_path, monkeypatch):

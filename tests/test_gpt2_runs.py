@@ -83,7 +83,7 @@ def torchrun(folder, *words):
 
 @pytest.fixture(scope="module", autouse=True)
 def commands(tmp_path_factory):
-    """Commands that run beside the tests: (process, folder) by name."""
+    """Commands that run in the background: (process, folder) by name."""
     found = {}
     folder = tmp_path_factory.mktemp("two")
     words = ["--no-tensorboard", "--save-dir", "two"]
@@ -319,11 +319,10 @@ def save_for_each_micro_batch_size():
     return Path.cwd()
 
 
-@pytest.mark.beside.with_args(save_for_each_micro_batch_size)
-def test_the_update_does_not_depend_on_the_micro_batches(beside):
-    folder = beside
+@programs.beside(save_for_each_micro_batch_size)
+def test_the_update_does_not_depend_on_the_micro_batches(found):
     for size in (1, 3):
-        check_same_weights(folder / "sizeNone", folder / f"size{size}")
+        check_same_weights(found / "sizeNone", found / f"size{size}")
 
 
 def test_the_metrics_do_not_depend_on_the_micro_batches(monkeypatch):
@@ -364,14 +363,13 @@ def learn_letters():
         return run(**flags, response_length=6, update_epochs=4, num_minibatches=2)
 
 
-@pytest.mark.beside.with_args(learn_letters)
-def test_reward_rises(beside):
+@programs.beside(learn_letters)
+def test_reward_rises(found):
     """From 0.1 a response to more than one."""
-    result = beside
-    assert result["reward_before"] < 0.5 < 1.0 < result["reward"]
-    assert result["held_out_reward"] > result["held_out_reward_before"] + 0.5
-    assert result["kl"] > 0.1 and result["win_rate"] > 0.6
-    assert result["kl_before"] == pytest.approx(0, abs=1e-5)
+    assert found["reward_before"] < 0.5 < 1.0 < found["reward"]
+    assert found["held_out_reward"] > found["held_out_reward_before"] + 0.5
+    assert found["kl"] > 0.1 and found["win_rate"] > 0.6
+    assert found["kl_before"] == pytest.approx(0, abs=1e-5)
 
 
 # ---------------------------------------------------------------- The same again

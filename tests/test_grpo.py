@@ -785,9 +785,9 @@ def test_kl_coefficient_holds_the_policy_back():
     assert run(kl_coef=2.0, **flags)["kl"] < 0.5 * run(**flags)["kl"]
 
 
-@pytest.mark.beside(programs.long_run, "grpo", total_episodes=6_400, batch_size=128)
-def test_success_rises(beside):
-    result, _ = beside
+@programs.beside(programs.long_run, "grpo", total_episodes=6_400, batch_size=128)
+def test_success_rises(found):
+    result, _ = found
     assert 0.4 < result["success_before"] < 0.8
     assert result["success"] > result["success_before"] + 0.1
 
@@ -832,12 +832,11 @@ def outcomes():
         return [run(sft_steps=2), *[run(**({"sft_steps": 2} | flags)) for flags in CHOICES]]
 
 
-@pytest.mark.beside.with_args(outcomes)
-def test_every_flag_and_choice_changes_the_outcome(beside):
-    results = beside
-    for result in results:
+@programs.beside(outcomes)
+def test_every_flag_and_choice_changes_the_outcome(found):
+    for result in found:
         assert all(math.isfinite(value) for value in result.values())
-    assert len({result["kl"] for result in results}) == len(results)
+    assert len({result["kl"] for result in found}) == len(found)
 
 
 BAD = {

@@ -267,9 +267,9 @@ def test_returns_are_those_before_whitening_and_clipping(monkeypatch):
 
 
 # ---------------------------------------------------------------------------- Learning
-@pytest.mark.beside(programs.long_run, "ppo", total_episodes=7_680)
-def test_success_rises_from_that_of_the_reference(beside):
-    result, _ = beside
+@programs.beside(programs.long_run, "ppo", total_episodes=7_680)
+def test_success_rises_from_that_of_the_reference(found):
+    result, _ = found
     assert 0.4 < result["success_before"] < 0.8
     assert result["success"] > result["success_before"] + 0.1
     assert 0 < result["kl"] < 2

@@ -603,9 +603,9 @@ def test_policy_and_reference_are_evaluated_on_held_out_prompts(monkeypatch):
 LEARNING = {"total_episodes": 10_240, "batch_size": 128, "learning_rate": 1e-3}
 
 
-@pytest.mark.beside(programs.long_run, "reinforce", **LEARNING)
-def test_success_rises(beside):
-    result, _ = beside
+@programs.beside(programs.long_run, "reinforce", **LEARNING)
+def test_success_rises(found):
+    result, _ = found
     assert 0.4 < result["success_before"] < 0.8
     assert result["success"] > result["success_before"] + 0.1
     assert 0 < result["kl"] < 3
@@ -614,16 +614,16 @@ def test_success_rises(beside):
 SHORTER = LEARNING | {"total_episodes": 40 * 128}  # 40 rollouts
 
 
-@pytest.mark.beside(programs.long_run, "reinforce", objective="rwr", **SHORTER)
-def test_reward_weighted_regression_learns(beside):
-    _, curves = beside
+@programs.beside(programs.long_run, "reinforce", objective="rwr", **SHORTER)
+def test_reward_weighted_regression_learns(found):
+    _, curves = found
     scores = programs.values(curves["charts/score"])
     assert sum(scores[-10:]) / 10 > sum(scores[:3]) / 3 + 0.04
 
 
-@pytest.mark.beside(programs.long_run, "reinforce", reward="process", baseline="value", **SHORTER)
-def test_a_process_reward_is_learned(beside):
-    _, curves = beside
+@programs.beside(programs.long_run, "reinforce", reward="process", baseline="value", **SHORTER)
+def test_a_process_reward_is_learned(found):
+    _, curves = found
     scores = programs.values(curves["charts/true_score"])
     assert sum(scores[-10:]) / 10 > sum(scores[:3]) / 3 + 0.08
 
@@ -631,9 +631,9 @@ def test_a_process_reward_is_learned(beside):
 VALUE = {"baseline": "value", "vf_coef": 1.0, "batch_size": 128, "total_episodes": 3840}
 
 
-@pytest.mark.beside(programs.long_run, "reinforce", **VALUE)
-def test_the_critic_learns(beside):
-    _, curves = beside
+@programs.beside(programs.long_run, "reinforce", **VALUE)
+def test_the_critic_learns(found):
+    _, curves = found
     errors = programs.values(curves["losses/value_loss"])
     assert sum(errors[-10:]) / 10 < 0.7 * errors[0]
 
@@ -652,9 +652,9 @@ def with_and_without_a_price():
     return kl, kl_with_penalty, entropy, entropy_with_bonus
 
 
-@pytest.mark.beside.with_args(with_and_without_a_price)
-def test_a_kl_penalty_keeps_the_policy_near_and_a_bonus_raises_the_entropy(beside):
-    kl, kl_with_penalty, entropy, entropy_with_bonus = beside
+@programs.beside(with_and_without_a_price)
+def test_a_kl_penalty_keeps_the_policy_near_and_a_bonus_raises_the_entropy(found):
+    kl, kl_with_penalty, entropy, entropy_with_bonus = found
     assert kl_with_penalty < 0.4 * kl
     assert entropy_with_bonus > entropy + 1
 
@@ -695,11 +695,10 @@ def outcomes():
         return [run(**flags) for flags in choices]
 
 
-@pytest.mark.beside.with_args(outcomes)
-def test_every_choice_changes_the_outcome(beside):
-    results = beside
-    assert all(math.isfinite(value) for result in results for value in result.values())
-    assert len({result["kl"] for result in results}) == len(results)
+@programs.beside(outcomes)
+def test_every_choice_changes_the_outcome(found):
+    assert all(math.isfinite(value) for result in found for value in result.values())
+    assert len({result["kl"] for result in found}) == len(found)
 
 
 @pytest.mark.parametrize("baseline", typing.get_args(reinforce.Baseline))

@@ -1203,12 +1203,12 @@ def outcomes():
     return found
 
 
-@pytest.mark.beside.with_args(outcomes)
-def test_same_seed_same_result_and_every_flag_changes_it(beside):
-    again, *found = beside
-    assert again == found[0]
-    assert len({str(outcome) for outcome in found}) == len(found)
-    results = [result for result, _ in found]
+@programs.beside(outcomes)
+def test_same_seed_same_result_and_every_flag_changes_it(found):
+    again, *others = found
+    assert again == others[0]
+    assert len({str(outcome) for outcome in others}) == len(others)
+    results = [result for result, _ in others]
     assert all(math.isfinite(value) for result in results for value in result.values())
     assert results[0]["deviation"] == 0 < results[7]["deviation"]
 
@@ -1312,13 +1312,12 @@ def learn_an_easy_reward(kind):
 
 
 KINDS = [
-    pytest.param(kind, marks=pytest.mark.beside(learn_an_easy_reward, kind)) for kind in LEARN_FROM
+    pytest.param(kind, marks=programs.beside(learn_an_easy_reward, kind)) for kind in LEARN_FROM
 ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_learning_finds_an_easy_reward(kind, beside):
+def test_learning_finds_an_easy_reward(kind, found):
     """Feedback of each kind teaches it in a few steps."""
-    result = beside
-    assert result["accuracy"] > result["bayes_accuracy"] - 0.02
-    assert result["correlation"] > 0.7  # scores may have a constant per prompt
+    assert found["accuracy"] > found["bayes_accuracy"] - 0.02
+    assert found["correlation"] > 0.7  # scores may have a constant per prompt

@@ -384,7 +384,7 @@ def test_all_scripts_of_the_toy_start_main_alike():
 
 @pytest.fixture(scope="module", autouse=True)
 def with_a_closed_pipe(tmp_path_factory):
-    """Commands whose output nobody reads; they run beside the tests."""
+    """Commands whose output nobody reads; they run in the background."""
     folder = tmp_path_factory.mktemp("pipe")
     reader, writer = os.pipe()
     os.close(reader)
