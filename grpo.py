@@ -491,14 +491,13 @@ def kl_penalty(logprobs, old_logprobs, ref_logprobs, mask, kl_estimator):
 # ---------------------------------------------------------------------------- Training
 def save(path, contents):
     """Write a file atomically: all of it or nothing. Raises OSError."""
-    path = os.path.realpath(path)  # write through a link, do not replace it
-    part = f"{path}.{os.getpid()}.part"
+    part = Path(f"{os.path.realpath(path)}.{os.getpid()}.part")  # links are followed, not replaced
     try:
         torch.save(contents, part)
     except (OSError, RuntimeError) as error:  # a full disk, for example
-        Path(part).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise OSError(f"--save-path {path} cannot be written ({error})") from None
-    os.replace(part, path)  # if this fails, part stays, and the error names it
+    part.replace(os.path.realpath(path))  # if this fails, part stays, and the error names it
 
 
 def main(args):
