@@ -847,7 +847,7 @@ def test_a_model_that_cannot_be_saved_leaves_its_results_and_itself(monkeypatch,
         run(save_dir="saved")
     out, error = capsys.readouterr()
     assert stop.value.code == 2 and error.count("\n") == 1 and "held-out reward" in out
-    (part,) = Path().glob("saved.*.part")
+    (part,) = Path().glob(f"saved.{os.getpid()}.part")
     assert str(part) in error and os.listdir("saved") == ["theirs"]
     assert load(part)[0].config.n_embd == 32
 

@@ -286,6 +286,7 @@ def test_if_the_file_cannot_get_its_name_the_weights_stay(script, monkeypatch, t
         script.main(few(script, save_path=Path("saved.pt")))
     assert "held-out" in capsys.readouterr().out
     (part,) = tmp_path.glob("*.part")
+    assert part.name == f"saved.pt.{os.getpid()}.part"  # no two runs write to one
     assert str(part) in str(error.value)
     torch.load(part, weights_only=True)
 
