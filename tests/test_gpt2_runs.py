@@ -569,6 +569,8 @@ def test_a_killed_run_is_resumed_to_the_bit(moment, uninterrupted):
     killed(child)
     folder, state = checkpoint()  # readable, whatever happened
     assert state["rollout"] in (2, 4, 6)
+    for name in os.listdir(folder):  # a part has the number of its process
+        assert re.fullmatch(r"checkpoint\.pt(\.\d+\.part)?", name)
     result = gpt2.main(gpt2.Args(resume=folder))
     _, final = checkpoint()
     assert same(final, uninterrupted[0])
