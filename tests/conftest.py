@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmark"))  # tests import exact, the evaluation by enumeration
 
-torch.set_num_threads(1)  # the tensors are tiny: a second thread only costs
+torch.set_num_threads(1)  # also in the second process; for tiny tensors more threads only cost
 
 
 def pytest_configure(config):
@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda test: marked[test.path])
 
 
-def call(folder, function, args, more):
+def call(folder, function, *args, **more):
     """In the second process: what the function returns, or what it printed and its error."""
     os.chdir(folder)
     printed = io.StringIO()
@@ -51,10 +51,9 @@ def work(request, tmp_path_factory):
         results = {}
         for test in tests:
             assert "found" in test.fixturenames, f"{test.name} does not look at what is found"
-            function, *args = test.get_closest_marker("beside").args
-            more = test.get_closest_marker("beside").kwargs
-            job = (tmp_path_factory.mktemp("beside"), function, args, more)
-            results[test.nodeid] = pool.apply_async(call, job)
+            mark = test.get_closest_marker("beside")
+            folder = tmp_path_factory.mktemp("beside")
+            results[test.nodeid] = pool.apply_async(call, [folder, *mark.args], mark.kwargs)
         yield results
 
 

@@ -69,12 +69,10 @@ MEMORY = chapter("docs/own_model.md", "Less memory, and texts in TensorBoard")
 
 # ---------------------------------------------------------------------------- Tiny real models
 MODELS = tempfile.TemporaryDirectory()
+KINDS = ["llama", "gpt2"]
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="needs transformers"
 )
-
-
-KINDS = ["llama", "gpt2"]
 
 
 @functools.cache

@@ -19,7 +19,6 @@ EOS = 10
 LOSS_TYPES = ["grpo", "dr-grpo", "dapo", "gspo", "cispo"]
 SCALES = ["none", "group", "batch"]
 SAMPLED_ESTIMATORS = ["k2", "k3", "k3-iw"]
-make_prompts = grpo.make_prompts
 
 
 def float64(*values):

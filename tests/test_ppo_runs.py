@@ -18,7 +18,6 @@ import ppo
 
 ROOT = Path(__file__).parent.parent
 EOS = 10
-make_prompts = ppo.make_prompts
 
 
 @pytest.fixture(scope="module", autouse=True)

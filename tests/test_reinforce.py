@@ -18,7 +18,6 @@ PROMPT = (4, 3, 3)
 OTHER_PROMPT = (5, 5, 4)
 BETA = 0.1
 EOS = 10
-make_prompts = reinforce.make_prompts
 
 
 def float64(*values):
@@ -640,8 +639,8 @@ def test_the_critic_learns(found):
 
 def last_values(*tags, **flags):
     """Means over the last five of 40 rollouts."""
-    flags = {"total_episodes": 2560, "batch_size": 64, "sft_steps": 40, **flags}
-    _, curves = programs.long_run("reinforce", learning_rate=5e-4, **flags)
+    flags |= {"total_episodes": 2560, "batch_size": 64, "sft_steps": 40, "learning_rate": 5e-4}
+    _, curves = programs.long_run("reinforce", **flags)
     return [sum(programs.values(curves[tag])[-5:]) / 5 for tag in tags]
 
 

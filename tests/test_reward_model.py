@@ -667,15 +667,21 @@ def test_both_responses_shown_belong_to_the_prompt_and_are_the_policys(monkeypat
         assert temperature == 1.0
 
 
-@pytest.mark.parametrize("start", [GOOD, GOOD + "\n \n", "\ufeff" + GOOD + "\n\n"])
+@pytest.mark.parametrize("start", [GOOD, GOOD + "\n", "\ufeff" + GOOD + "\n\n"])
 def test_a_last_line_without_an_end_is_ended_before_the_next(start, monkeypatch, capsys):
     Path("mine.jsonl").write_text(start)
     judge(monkeypatch, "ab", 3)
     assert "1 of 3" in capsys.readouterr().out
     content = Path("mine.jsonl").read_text("utf-8-sig")
-    lines = [json.loads(line) for line in content.split("\n") if line.strip()]
+    lines = [json.loads(line) for line in content.split("\n") if line]
     assert len(lines) == 3
     assert lines[0] == json.loads(GOOD)
+
+
+def test_a_line_of_blanks_is_no_pair(monkeypatch, capsys):
+    Path("mine.jsonl").write_text(GOOD + "\n \n")
+    judge(monkeypatch, "q", 3)
+    assert "1 of 3" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [b"hello\n", b"\xff\xfe\x00", b"[1]\n"])
