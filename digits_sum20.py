@@ -607,8 +607,9 @@ def main(args):
 
 
 if __name__ == "__main__":
+    # Flush every line; print ? for characters that the output's encoding lacks.
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(errors="replace", line_buffering=True)  # ? for what it cannot encode
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main(tyro.cli(Args, description=__doc__))
     except (FloatingPointError, OSError) as error:  # a loss not finite, a full disk, a closed pipe

@@ -1558,8 +1558,9 @@ def main(args):
 
 
 if __name__ == "__main__":
+    # Flush every line; print ? for characters that the output's encoding lacks.
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(errors="replace", line_buffering=True)  # ? for what it cannot encode
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     rank, _ = rank_and_processes()
     try:
         main(tyro.cli(Args, description=__doc__, console_outputs=rank == 0))

@@ -720,13 +720,14 @@ def annotate(policy, prompts, path, number):
 # ---------------------------------------------------------------------------- Training
 def save(path, contents):
     """Write a file atomically: all of it or nothing. Raises OSError."""
-    part = Path(f"{os.path.realpath(path)}.{os.getpid()}.part")  # links are followed, not replaced
+    target = os.path.realpath(path)  # write through a link, do not replace it
+    part = Path(f"{target}.{os.getpid()}.part")
     try:
         torch.save(contents, part)
     except (OSError, RuntimeError) as error:  # a full disk, for example
         part.unlink(missing_ok=True)
         raise OSError(f"--save-path {path} cannot be written ({error})") from None
-    part.replace(os.path.realpath(path))  # if this fails, part stays, and the error names it
+    part.replace(target)  # if this fails, part stays, and the error names it
 
 
 def main(args):
@@ -897,8 +898,9 @@ def main(args):
 
 
 if __name__ == "__main__":
+    # Flush every line; print ? for characters that the output's encoding lacks.
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(errors="replace", line_buffering=True)  # ? for what it cannot encode
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main(tyro.cli(Args, description=__doc__))
     except OSError as error:  # a full disk, a closed pipe
